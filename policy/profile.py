@@ -1,0 +1,53 @@
+"""What the policy believes about the hardware: how long kernels take alone, and how they slow each other down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from models.kernel import Fragment, Kernel
+from policy.batch import on_grid
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """Slowdowns (1 or more) of a compute kernel and a communication kernel that run side by side.
+
+    `start_delay_us`: how long the communication kernel waits for SMs when it arrives during the compute kernel.
+    """
+
+    compute: float = 1.0
+    comm: float = 1.0
+    start_delay_us: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Beliefs; a study may make them differ from the hardware on purpose.
+
+    `solo_us(kernel, withheld_sms, max_ctas)`: duration alone, microseconds. `contention(compute, comm, withheld_sms,
+    max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
+    compute and for the CTAs of collectives (0: the library's default). `launch_us` is the host's price of one launch.
+    """
+
+    name: str
+    solo_us: Callable[[Kernel, int, int], float]
+    contention: Callable[[Kernel, Kernel, int, int], Contention]
+    partitions: tuple[int, ...] = (0,)
+    ctas: tuple[int, ...] = (0,)
+    launch_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Kernels recur at every layer and every round; the same question must not be computed again.
+        solo, pair = self.solo_us, self.contention
+        object.__setattr__(self, "solo_us", lru_cache(maxsize=None)(lambda k, w, c: on_grid(solo(k, w, c))))
+        object.__setattr__(self, "contention", lru_cache(maxsize=None)(pair))
+
+    def run_us(self, kernels: tuple[Kernel, ...], withheld_sms: int = 0, max_ctas: int = 0) -> float:
+        """Kernels one after the other, alone."""
+        return sum(self.solo_us(k, withheld_sms, max_ctas) for k in kernels)
+
+    def part_us(self, kernel: Kernel, part: Fragment, withheld_sms: int = 0, max_ctas: int = 0) -> float:
+        """One piece of a kernel, alone."""
+        return self.solo_us(kernel.fragment(part), withheld_sms, max_ctas)

@@ -1,0 +1,153 @@
+"""The scheduler that both drivers import: add requests, admit batches, plan rounds. No clock: time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from models.kernel import FunctionVector
+from models.transformer import BatchShape
+from policy import interleaved, liger_artifact, sequential
+from policy.batch import Batch, Flight, State
+from policy.batching import shape_of, take_batch, wake_up_us
+from policy.options import Options
+from policy.profile import Profile
+from policy.round import Launch, Mark, Round
+from traces.request import Request
+
+PlanFunction = Callable[[State, Options, Profile], tuple[Round, State]]
+
+POLICIES: dict[str, PlanFunction] = {
+    "tensor": sequential.plan,
+    "pipeline": sequential.plan,
+    "hybrid": sequential.plan,
+    "interleaved": interleaved.plan,
+    "liger-artifact": liger_artifact.plan,
+}
+# Which policies keep several batches in flight on the same GPUs at once.
+OVERLAPPING = frozenset({"interleaved", "liger-artifact"})
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """One line of the admission log: which batches (as tuples of request ids) entered before which round, and when."""
+
+    round_id: int
+    now_us: float
+    batches: tuple[tuple[int, ...], ...]
+
+
+class Scheduler:
+    """Holds what is waiting and what is in flight; decides nothing itself, but asks the pure plan function.
+
+    Rank 0 calls `add` and `admit`; every rank calls `enter` with what rank 0 admitted and then `next_round`. Equal
+    admissions give equal rounds.
+    """
+
+    def __init__(
+        self, policy: str, options: Options, profile: Profile, vectors_of: Callable[[BatchShape], tuple[FunctionVector, ...]]
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}; choose from: {', '.join(POLICIES)}")
+        self.options, self.profile, self.vectors_of = options, profile, vectors_of
+        self.overlapping = policy in OVERLAPPING
+        self.plan = POLICIES[policy]
+        self.state = State()
+        self.num_rounds = 0
+        self.num_batches = 0
+        self.log: list[Admission] = []
+        self._waiting: list[Request] = []
+        self._slot_ends: dict[int, tuple[Mark, ...]] = {}
+        self._last_slot = -1
+
+    @property
+    def num_slots(self) -> int:
+        """How many batches need buffers at the same time."""
+        return self.options.depth
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no batch has taken yet."""
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """A request has arrived. Requests are taken in the order of (arrival, request id)."""
+        self._waiting.append(request)
+
+    def admit(self, now_us: float, *, last: bool = False) -> tuple[tuple[Request, ...], ...]:
+        """The batches that enter now, as tuples of requests; `last`: no more requests will come."""
+        room = (self.options.depth if self.overlapping else 1) - len(self.state.flights)
+        admitted: list[tuple[Request, ...]] = []
+        while len(admitted) < room:
+            head = tuple(self._waiting[: self.options.batch_size])
+            batch = take_batch(head, now_us, self.options, last=last)
+            if not batch:
+                break
+            del self._waiting[: len(batch)]
+            admitted.append(batch)
+        return tuple(admitted)
+
+    def wake_up_us(self) -> float:
+        """When a part-filled batch is due if nothing else happens."""
+        return wake_up_us(tuple(self._waiting[:1]), self.options)
+
+    def enter(self, admitted: tuple[tuple[Request, ...], ...], now_us: float) -> tuple[Batch, ...]:
+        """Put admitted requests in flight, on every rank alike."""
+        if admitted:
+            ids = tuple(tuple(r.request_id for r in requests) for requests in admitted)
+            self.log.append(Admission(self.num_rounds, now_us, ids))
+        batches = tuple(self._batch(requests) for requests in admitted)
+        return batches
+
+    def _batch(self, requests: tuple[Request, ...]) -> Batch:
+        shape = shape_of(requests, self.options)
+        arrival = min(r.arrival_us for r in requests)
+        batch = Batch(self.num_batches, requests, shape, self.vectors_of(shape), arrival, self._free_slot(),
+                      arrival + self.options.slo_us)  # fmt: skip
+        self.num_batches += 1
+        self.state = replace(self.state, flights=(*self.state.flights, Flight(batch)))
+        return batch
+
+    def _free_slot(self) -> int:
+        """The free slot that was freed longest ago: the next in turn that no flight holds."""
+        taken = {flight.batch.slot for flight in self.state.flights}
+        slot = self._last_slot
+        for _ in range(self.num_slots):
+            slot = (slot + 1) % self.num_slots
+            if slot not in taken:
+                break
+        self._last_slot = slot
+        return slot
+
+    def next_round(self, now_us: float = 0.0) -> Round | None:
+        """The next round, or None if nothing is in flight. `now_us` matters only where requests have deadlines."""
+        if not self.state.flights:
+            return None
+        state = self._with_slack(now_us)
+        round_, after = self.plan(state, self.options, self.profile)
+        launches = tuple(self._behind_slot(launch, state) for launch in round_.launches)
+        for flight in state.flights:
+            batch = flight.batch
+            if all(left.batch is not batch for left in after.flights):
+                self._slot_ends[batch.slot] = tuple(batch.end_mark(s) for s in range(len(batch.vectors)))
+        self.state = after
+        self.num_rounds += 1
+        return Round(self.num_rounds - 1, launches, round_.synchronize)
+
+    def _behind_slot(self, launch: Launch, state: State) -> Launch:
+        """The first launch of a batch waits until the batch that had its buffers before is through (write after read)."""
+        if launch.first or (launch.fragment and launch.fragment.start):
+            return launch
+        slot = next(f.batch.slot for f in state.flights if f.batch.batch_id == launch.batch_id)
+        ends = self._slot_ends.get(slot)
+        return replace(launch, waits=(*launch.waits, ends[launch.stage])) if ends else launch
+
+    def _with_slack(self, now_us: float) -> State:
+        """Mark the flights whose deadline leaves no time beyond what they need alone."""
+        if self.options.slo_us == float("inf"):
+            return self.state
+        flights = tuple(
+            replace(f, protected=now_us + self.profile.run_us(f.vector.kernels[f.cursor :]) >= f.batch.deadline_us)
+            for f in self.state.flights
+        )
+        return replace(self.state, flights=flights)

@@ -1,0 +1,163 @@
+"""One window of interleaving: the oldest batch's next segment, and the best use of the other resource meanwhile."""
+
+from __future__ import annotations
+
+from models.kernel import Fragment, Kernel
+from policy.batch import Flight
+from policy.lanes import NEVER, Course
+from policy.round import Lane, Launch
+
+# Without a partner there is nothing to interleave; how much is issued at once is how long a newcomer may have to wait.
+SOLO_SHARE = 16
+
+
+def issue_alone(course: Course) -> None:
+    """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor parallelism."""
+    flight = course.flights[0]
+    layers = max(1, -(-flight.vector.num_layers // SOLO_SHARE))
+    goal = min(len(flight.vector), flight.cursor + layers * max(1, len(flight.vector.layer)))
+    if flight.issued:
+        course.place_rest(0)
+    first = len(course.launches)
+    while course.flights[0].cursor < goal:
+        course.place(0, course.run_end(course.flights[0]))
+    if course.options.capture and len(course.launches) > first + 1:
+        _merge(course, first)
+
+
+def _merge(course: Course, first: int) -> None:
+    """One graph for the whole range. Its collectives follow those already on the communication lane."""
+    head, tail = course.launches[first], course.launches[-1]
+    behind = tuple(f.mark for f in course.flights[1:] if f.lane is Lane.COMM)
+    own = tuple(mark for mark in head.waits if mark not in behind)
+    if head.lane is Lane.COMM:  # the range runs on the compute lane, so what the communication lane implied is said
+        own = (*own, head.begins)
+    course.launches[first:] = [
+        Launch(head.batch_id, head.first, tail.last, Lane.COMPUTE, own + behind, captured=True,
+               max_ctas=course.regime.max_ctas)
+    ]  # fmt: skip
+    course.settle_on_compute_lane()
+
+
+def fill_window(course: Course) -> None:
+    """Place pieces, earliest start first, until the oldest flight has passed its window."""
+    goal = _window_end(course.flights[0])
+    blocked: set[int] = set()
+    while course.flights[0].cursor < goal:
+        index = _next_piece(course, blocked)
+        if course.wants_comm(index):
+            _place_comm(course, index)
+            blocked.clear()
+        elif index == 0:
+            _place_whole(course, 0)
+        elif not _place_fill(course, index):
+            blocked.add(index)
+
+
+def _window_end(flight: Flight) -> int:
+    """The end of the flight's next compute segment and of the communication behind it."""
+    vector, end = flight.vector, flight.vector.run_end[flight.cursor]
+    if not vector.kernels[flight.cursor].is_communication and end < len(vector):
+        end = vector.run_end[end]
+    return end
+
+
+def _next_piece(course: Course, blocked: set[int]) -> int:
+    """The flight whose next piece can start first; communication before compute, older before younger."""
+    candidates: list[tuple[float, bool, int]] = []
+    for index in range(len(course.flights)):
+        wants = course.wants_comm(index)
+        if wants is None:
+            continue
+        if index not in blocked:
+            candidates.append((course.start_us(index), not wants, index))
+        if index and not course.options.lookahead:
+            break  # only the next in line may fill
+    return min(candidates)[2]
+
+
+def _place_whole(course: Course, index: int) -> None:
+    if course.flights[index].issued:
+        course.place_rest(index)
+    else:
+        course.place(index, course.run_end(course.flights[index]))
+
+
+def _place_comm(course: Course, index: int) -> None:
+    """A collective; that of a fill one chunk at a time, so that an older batch's may go in between."""
+    flight = course.flights[index]
+    kernel, chunks = flight.vector.kernels[flight.cursor], course.regime.chunks
+    if flight.issued and flight.axis == "chunks" and index:
+        course.place(index, flight.cursor + 1, Fragment("chunks", flight.issued, flight.issued + 1, flight.parts))
+    elif flight.issued or index == 0 or chunks == 1 or kernel.max_parts("chunks") < chunks:
+        _place_whole(course, index)
+    else:
+        course.place(index, flight.cursor + 1, Fragment("chunks", 0, 1, chunks))
+
+
+def _place_fill(course: Course, index: int) -> bool:
+    """Use the compute lane until an older flight wants it back. False if nothing worthwhile fits."""
+    wanted = min((course.compute_wanted_us(older) for older in range(index)), default=NEVER)
+    gap = wanted - course.start_us(index)
+    if gap <= 0.0:
+        return False
+    flight = course.flights[index]
+    if gap == NEVER or not course.options.duration_matching:
+        _place_whole(course, index)
+        return True
+    kernel = flight.vector.kernels[flight.cursor]
+    if flight.issued:
+        rest = Fragment(flight.axis, flight.issued, flight.parts, flight.parts)  # type: ignore[arg-type]
+        if not _fits(course, kernel, course.profile.part_us(kernel, rest, course.regime.withheld_sms), gap):
+            return False
+        course.place_rest(index)
+        return True
+    if (end := _how_far(course, flight, gap)) > flight.cursor:
+        course.place(index, end)
+        return True
+    part = _largest_piece(course, kernel, gap)
+    if part is not None:
+        course.place(index, flight.cursor + 1, part)
+    return part is not None
+
+
+def _how_far(course: Course, flight: Flight, gap_us: float) -> int:
+    """The kernels of the fill's segment that fit one after the other."""
+    end, limit, spent = flight.cursor, course.run_end(flight), 0.0
+    while end < limit:
+        kernel = flight.vector.kernels[end]
+        cost = course.profile.solo_us(kernel, course.regime.withheld_sms, 0)
+        if not _fits(course, kernel, cost, gap_us - spent):
+            break
+        spent += cost * course.slowdown_of(kernel)
+        end += 1
+    return end
+
+
+def _fits(course: Course, kernel: Kernel, alone_us: float, gap_us: float) -> bool:
+    """Whether a piece of this length may go into the gap: its overrun stays within what the regime allows."""
+    overrun = 0.0 if course.options.protect and course.flights[0].protected else course.regime.overrun
+    return alone_us * course.slowdown_of(kernel) * (1.0 - overrun) <= gap_us
+
+
+def _largest_piece(course: Course, kernel: Kernel, gap_us: float) -> Fragment | None:
+    """The largest piece of a GEMM that fits, along the axis that saves more; none where cutting costs what it gains."""
+    options, withheld = course.options, course.regime.withheld_sms
+    if options.decomposition == "off" or not course.regime.split:
+        return None
+    slow = course.slowdown_of(kernel)
+    whole = course.profile.solo_us(kernel, withheld, 0)
+    best: tuple[float, Fragment] | None = None
+    for axis in kernel.split_axes:
+        if options.decomposition not in ("auto", axis):
+            continue
+        parts = min(options.max_parts, kernel.max_parts(axis))
+        for stop in range(parts - 1, 0, -1):
+            piece = Fragment(axis, 0, stop, parts)
+            if course.profile.part_us(kernel, piece, withheld) * slow > gap_us:
+                continue
+            saved = whole - course.profile.part_us(kernel, Fragment(axis, stop, parts, parts), withheld)
+            if saved > course.profile.launch_us and (best is None or saved > best[0]):
+                best = (saved, piece)
+            break
+    return best[1] if best else None

@@ -1,0 +1,1 @@
+"""The simulated hardware: SimPy processes for hosts, streams, SMs, memory and links."""

@@ -1,0 +1,120 @@
+"""How long a kernel takes on the simulated hardware when it is alone: CTAs, waves, bytes, collective tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from models.kernel import Kernel, Kind
+from policy.batch import TICK_US, on_grid
+from sim.spec import DeviceSpec, NodeSpec, Table
+
+DEFAULT_PATH = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A compute kernel as CTAs: how many, how long one takes with memory to itself, and how many bytes it moves."""
+
+    num_ctas: int
+    cta_us: float
+    cta_bytes: float
+
+
+def up_to_grid(time_us: float) -> float:
+    """The first time on the grid that is not earlier; never nothing, so that time moves on."""
+    ticks = -int(-time_us // TICK_US)
+    return max(1, ticks) * TICK_US
+
+
+@lru_cache(maxsize=None)
+def cta_shape(kernel: Kernel, device: DeviceSpec) -> Shape:
+    """The CTAs of a compute kernel; for a GEMM, of the tile and split that finish first on the whole device."""
+    if kernel.kind is Kind.GEMM:
+        return min(_gemm_shapes(kernel, device), key=lambda s: (alone_us(s, device.num_sms, device), s.num_ctas))
+    sm_flops = device.peak_tflops * 1e6 / device.num_sms  # per microsecond
+    per_cta_bytes = kernel.bytes_moved / kernel.num_ctas
+    busy = kernel.flops / kernel.num_ctas / (sm_flops * device.attention_efficiency)
+    if kernel.kind is Kind.ELEMENTWISE:
+        busy = 0.0
+    return Shape(kernel.num_ctas, max(busy, per_cta_bytes / (device.sm_bandwidth_gb_s * 1e3)), per_cta_bytes)
+
+
+def _gemm_shapes(kernel: Kernel, device: DeviceSpec) -> list[Shape]:
+    """Every tile of the library, with the inner dimension split as far as it helps to fill the SMs."""
+    sm_flops = device.peak_tflops * 1e6 * device.gemm_efficiency / device.num_sms
+    shapes = []
+    for tile_rows, tile_cols, share in device.gemm_tiles:
+        tiles = -(-kernel.rows // tile_rows) * -(-kernel.cols // tile_cols)
+        for split in (1, 2, 3, 4, 6, 8):
+            if split > 1 and (tiles * split > 2 * device.num_sms or kernel.inner // split < 256):
+                break
+            ctas = tiles * split
+            busy = 2.0 * tile_rows * tile_cols * kernel.inner / split / (sm_flops * share)
+            # Partial sums of a split are written and read again, in single precision.
+            extra = 0.0 if split == 1 else 8.0 * kernel.rows * kernel.cols * split
+            per_cta = (kernel.bytes_moved + extra) / ctas
+            shapes.append(Shape(ctas, max(busy, per_cta / (device.sm_bandwidth_gb_s * 1e3)), per_cta))
+    return shapes
+
+
+def wave_us(shape: Shape, ctas: int, device: DeviceSpec) -> float:
+    """One wave of `ctas` CTAs alone: bound by their SMs or by memory."""
+    return up_to_grid(max(shape.cta_us, ctas * shape.cta_bytes / memory_bandwidth(device)))
+
+
+def memory_bandwidth(device: DeviceSpec) -> float:
+    """Achieved bytes per microsecond of the whole device."""
+    return device.hbm_gb_s * device.hbm_efficiency * 1e3
+
+
+def alone_us(shape: Shape, slots: int, device: DeviceSpec) -> float:
+    """All waves of a compute kernel that has `slots` SMs to itself."""
+    waves, rest = divmod(shape.num_ctas, slots)
+    full = up_to_grid(waves * max(shape.cta_us, slots * shape.cta_bytes / memory_bandwidth(device))) if waves else 0.0
+    return full + (wave_us(shape, rest, device) if rest else 0.0)
+
+
+class Costs:
+    """Solo costs on one node, each computed once. Compute kernels never see more than the SMs that are not withheld."""
+
+    def __init__(self, node: NodeSpec) -> None:
+        self.node, self.device = node, node.device
+        self._tables: dict[tuple[str, int, int, str], Table] = {
+            (t.op, t.ranks, t.ctas, t.path): t for t in node.link.tables
+        }
+        self._alone: dict[tuple[Kernel, int, int, str], float] = {}
+
+    def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
+        """SMs that a collective occupies."""
+        return self.table(kernel, max_ctas, path).ctas
+
+    def table(self, kernel: Kernel, max_ctas: int, path: str) -> Table:
+        """The table of an operation: the one with the most CTAs allowed, on this path or else the default one.
+
+        Raises ValueError if the node has none for the operation and number of ranks.
+        """
+        op = "send" if kernel.kind is Kind.RECV else kernel.kind.value
+        for where in (path, DEFAULT_PATH):
+            fitting = [t for t in self._tables.values() if (t.op, t.ranks, t.path) == (op, kernel.num_ranks, where)]
+            allowed = [t for t in fitting if not max_ctas or t.ctas <= max_ctas]
+            if allowed or fitting:
+                default = max(fitting, key=lambda t: t.ctas) if not max_ctas else None
+                return default or (max(allowed, key=lambda t: t.ctas) if allowed else min(fitting, key=lambda t: t.ctas))
+        raise ValueError(f"node {self.node.name} has no table for {op} among {kernel.num_ranks} ranks")
+
+    def solo_us(self, kernel: Kernel, withheld_sms: int = 0, max_ctas: int = 0, path: str = DEFAULT_PATH) -> float:
+        """Microseconds from the first CTA to the end, alone on the device and the links."""
+        key = (kernel, withheld_sms, max_ctas, path)
+        if (cost := self._alone.get(key)) is None:
+            if kernel.is_communication:
+                cost = up_to_grid(on_grid(self.table(kernel, max_ctas, path).at(kernel.message_bytes)))
+            else:
+                slots = max(1, self.device.num_sms - withheld_sms)
+                cost = alone_us(cta_shape(kernel, self.device), slots, self.device)
+            self._alone[key] = cost
+        return cost
+
+    def out_of_range(self, kernel: Kernel) -> bool:
+        """Whether a message is larger than the largest that the node's table knows."""
+        return kernel.is_communication and kernel.message_bytes > self.table(kernel, 0, DEFAULT_PATH).bytes[-1]

@@ -1,0 +1,178 @@
+"""What the simulated hardware is: a node's device, host and links, read from a data file that names the source of
+every number."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from bisect import bisect_right
+from functools import lru_cache
+from math import exp, log
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+NODES = Path(__file__).parent / "nodes"
+
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Slowdown = Annotated[float, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One GPU. Rates are dense half precision; efficiencies are achieved shares of them.
+
+    `gemm_tiles`: CTA tiles (rows, cols) that the GEMM library chooses from, with the share of the SM's rate each reaches.
+    `kernel_gap_us`: from one kernel's end to the next one's first CTA on a stream; `graph_gap_us`: the same in a graph;
+    `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
+    """
+
+    name: str
+    num_sms: Count
+    peak_tflops: Positive
+    gemm_efficiency: Share
+    attention_efficiency: Share
+    hbm_gb_s: Positive
+    hbm_efficiency: Share
+    sm_bandwidth_gb_s: Positive
+    gemm_tiles: tuple[tuple[Count, Count, Share], ...]
+    kernel_gap_us: NonNegative
+    graph_gap_us: NonNegative
+    event_gap_us: NonNegative
+
+
+class HostSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The launching thread of a rank: what each call costs it, in microseconds.
+
+    `graph_kernel_us` is the cost of a graph replay per kernel in it, `plan_us` of deciding a round, `broadcast_us` of
+    telling the other ranks.
+    """
+
+    launch_us: NonNegative
+    collective_launch_us: NonNegative
+    graph_launch_us: NonNegative
+    graph_kernel_us: NonNegative
+    event_us: NonNegative
+    synchronize_us: NonNegative
+    plan_us: NonNegative
+    broadcast_us: NonNegative
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Time of one operation over its size: `op` among `ranks` with `ctas` CTAs. `path`: which links it crosses."""
+
+    op: str
+    ranks: Count
+    ctas: Count
+    path: str = ""
+    bytes: tuple[Count, ...]
+    us: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.bytes) != len(self.us) or len(self.bytes) < 2:
+            raise ValueError(f"table {self.op}: {len(self.bytes)} sizes and {len(self.us)} times; need as many, 2 or more")
+        if any(a >= b for a, b in zip(self.bytes, self.bytes[1:], strict=False)):
+            raise ValueError(f"table {self.op}: sizes must increase")
+
+    def at(self, size: int) -> float:
+        """Time for a message of `size` bytes: log-log between points, flat below, last bandwidth above."""
+        if size <= self.bytes[0]:
+            return self.us[0]
+        if size >= self.bytes[-1]:
+            return self.us[-1] * size / self.bytes[-1]
+        i = bisect_right(self.bytes, size)
+        low, high = log(self.bytes[i - 1]), log(self.bytes[i])
+        share = (log(size) - low) / (high - low)
+        return exp(log(self.us[i - 1]) * (1 - share) + log(self.us[i]) * share)
+
+
+class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What joins the GPUs. `root_gb_s`: capacity that all flows share (PCIe root or host memory), 0 if there is none.
+
+    `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic of
+    a collective per byte of message. `comm_partitions`: SM counts worth withholding from compute.
+    """
+
+    kind: str
+    tables: tuple[Table, ...]
+    root_gb_s: NonNegative = 0.0
+    pairs: tuple[tuple[int, int], ...] = ()
+    hbm_per_byte: Positive = 4.0
+    partitions: tuple[int, ...] = (0,)
+
+
+class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Slowdown beyond what SM slots, memory bandwidth and links explain: of compute beside communication and back."""
+
+    gemm_by_comm: Slowdown
+    attention_by_comm: Slowdown
+    elementwise_by_comm: Slowdown
+    comm_by_compute: Slowdown
+
+
+class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A machine with several GPUs. `sources` names, for every number above, where it comes from.
+
+    A source that starts with "estimate" says that nobody measured it; `estimates` lists those.
+    """
+
+    name: str
+    description: str
+    num_gpus: Count
+    device: DeviceSpec
+    host: HostSpec
+    link: LinkSpec
+    contention: ContentionSpec
+    sources: dict[str, str]
+
+    @property
+    def estimates(self) -> tuple[str, ...]:
+        """The numbers that nobody measured."""
+        return tuple(key for key, source in self.sources.items() if source.lower().startswith("estimate"))
+
+    @property
+    def digest(self) -> str:
+        """A hash of the contents, to tell nodes of the same name apart."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+
+def node_names() -> tuple[str, ...]:
+    """The nodes that come with the program."""
+    return tuple(sorted(path.stem for path in NODES.glob("*.toml")))
+
+
+@lru_cache(maxsize=64)
+def load_node(name_or_path: str) -> NodeSpec:
+    """A node by name, or from a TOML file of the same form.
+
+    Raises ValueError for an unknown name, a file that does not describe a node, or a number without a source.
+    """
+    path = NODES / f"{name_or_path}.toml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(f"node {name_or_path!r} is neither a file nor one of: {', '.join(node_names())}")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        node = msgspec.convert(raw, NodeSpec)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError) as error:
+        raise ValueError(f"{path}: not a node file ({error})") from None
+    if missing := [key for key in _numbers(raw) if not any(key == k or key.startswith(k + ".") for k in node.sources)]:
+        raise ValueError(f"{path}: no source is given for {missing[0]}; add it under [sources]")
+    return node
+
+
+def _numbers(raw: dict[str, Any]) -> list[str]:
+    """Dotted names of everything numeric in a node file; a table of measurements is one name."""
+    names = []
+    for section in ("device", "host", "link", "contention"):
+        for key, value in raw.get(section, {}).items():
+            if key == "tables":
+                names += [f"link.tables.{t['op']}.{t['ranks']}.{t['ctas']}{t.get('path', '')}" for t in value]
+            elif not isinstance(value, str):
+                names.append(f"{section}.{key}")
+    return names
