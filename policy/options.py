@@ -28,7 +28,7 @@ class Options:
     batch_size: int = 2
     max_wait_us: float = 20_000.0
     pad_to: int = 8
-    depth: int = 4
+    depth: int = 3
     switch_points: bool = True
     duration_matching: bool = True
     anticipation: Anticipation = "pairs"

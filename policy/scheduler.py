@@ -76,9 +76,8 @@ class Scheduler:
 
     def admit(self, now_us: float, *, last: bool = False) -> tuple[tuple[Request, ...], ...]:
         """The batches that enter now, as tuples of requests; `last`: no more requests will come."""
-        room = (self.options.depth if self.overlapping else 1) - len(self.state.flights)
         admitted: list[tuple[Request, ...]] = []
-        while len(admitted) < room:
+        while self.has_room(len(self.state.flights) + len(admitted)):
             head = tuple(self._waiting[: self.options.batch_size])
             batch = take_batch(head, now_us, self.options, last=last)
             if not batch:
@@ -86,6 +85,14 @@ class Scheduler:
             del self._waiting[: len(batch)]
             admitted.append(batch)
         return tuple(admitted)
+
+    def has_room(self, num_flights: int) -> bool:
+        """Whether another batch may enter beside so many that are not fully issued."""
+        return num_flights < (self.options.depth if self.overlapping else 1)
+
+    def is_due(self, now_us: float, *, last: bool = False) -> bool:
+        """Whether the requests that wait would make a batch now."""
+        return bool(take_batch(tuple(self._waiting[: self.options.batch_size]), now_us, self.options, last=last))
 
     def wake_up_us(self) -> float:
         """When a part-filled batch is due if nothing else happens."""
@@ -96,8 +103,7 @@ class Scheduler:
         if admitted:
             ids = tuple(tuple(r.request_id for r in requests) for requests in admitted)
             self.log.append(Admission(self.num_rounds, now_us, ids))
-        batches = tuple(self._batch(requests) for requests in admitted)
-        return batches
+        return tuple(self._batch(requests) for requests in admitted)
 
     def _batch(self, requests: tuple[Request, ...]) -> Batch:
         shape = shape_of(requests, self.options)
@@ -129,10 +135,23 @@ class Scheduler:
         for flight in state.flights:
             batch = flight.batch
             if all(left.batch is not batch for left in after.flights):
-                self._slot_ends[batch.slot] = tuple(batch.end_mark(s) for s in range(len(batch.vectors)))
+                self.note_issued(batch)
         self.state = after
         self.num_rounds += 1
         return Round(self.num_rounds - 1, launches, round_.synchronize)
+
+    def note_issued(self, batch: Batch) -> None:
+        """All of a batch is issued: whoever gets its buffers next waits for its end."""
+        self._slot_ends[batch.slot] = tuple(batch.end_mark(s) for s in range(len(batch.vectors)))
+
+    def occupant_before(self, slot: int) -> int | None:
+        """The batch whose end the next user of these buffers waits for."""
+        ends = self._slot_ends.get(slot)
+        return ends[0].batch_id if ends else None
+
+    def restore(self, state: State) -> None:
+        """Continue from another state (a simulator that knows how a stretch of rounds ends goes there at once)."""
+        self.state = state
 
     def _behind_slot(self, launch: Launch, state: State) -> Launch:
         """The first launch of a batch waits until the batch that had its buffers before is through (write after read)."""

@@ -11,6 +11,14 @@ from sim.spec import DeviceSpec, NodeSpec, Table
 
 DEFAULT_PATH = ""
 
+# Into how many parts a GEMM's inner dimension may be cut, as long as a part keeps MIN_SPLIT_INNER and the CTAs are few.
+SPLITS = (1, 2, 3, 4, 6, 8)
+MIN_SPLIT_INNER = 256
+MAX_SPLIT_WAVES = 4
+# Memory traffic of partial sums, per element of the result and part. Writing and reading in single precision makes 8;
+# 16 fits the measured GEMM tables better (see the nodes' source of gemm_tiles) and also stands for the reduction's time.
+PARTIAL_BYTES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -41,20 +49,23 @@ def cta_shape(kernel: Kernel, device: DeviceSpec) -> Shape:
 
 
 def _gemm_shapes(kernel: Kernel, device: DeviceSpec) -> list[Shape]:
-    """Every tile of the library, with the inner dimension split as far as it helps to fill the SMs."""
+    """Every tile of the library, with the inner dimension split as far as it may help to fill the SMs."""
     sm_flops = device.peak_tflops * 1e6 * device.gemm_efficiency / device.num_sms
+    # Until the first tiles have come, memory stands idle. That is charged as traffic: a wave that is bound by memory
+    # would hide it otherwise, and it is what small GEMMs spend most of their time on.
+    idle = device.ramp_us * memory_bandwidth(device)
     shapes = []
     for tile_rows, tile_cols, share in device.gemm_tiles:
         tiles = -(-kernel.rows // tile_rows) * -(-kernel.cols // tile_cols)
-        for split in (1, 2, 3, 4, 6, 8):
-            if split > 1 and (tiles * split > 2 * device.num_sms or kernel.inner // split < 256):
-                break
+        for split in SPLITS:
             ctas = tiles * split
+            if split > 1 and (ctas > MAX_SPLIT_WAVES * device.num_sms or kernel.inner // split < MIN_SPLIT_INNER):
+                break
             busy = 2.0 * tile_rows * tile_cols * kernel.inner / split / (sm_flops * share)
-            # Partial sums of a split are written and read again, in single precision.
-            extra = 0.0 if split == 1 else 8.0 * kernel.rows * kernel.cols * split
-            per_cta = (kernel.bytes_moved + extra) / ctas
-            shapes.append(Shape(ctas, max(busy, per_cta / (device.sm_bandwidth_gb_s * 1e3)), per_cta))
+            partial = 0.0 if split == 1 else float(PARTIAL_BYTES) * kernel.rows * kernel.cols * split
+            moved = kernel.bytes_moved + partial
+            alone = moved / ctas / (device.sm_bandwidth_gb_s * 1e3)
+            shapes.append(Shape(ctas, device.cta_start_us + max(busy, alone), (moved + idle) / ctas))
     return shapes
 
 

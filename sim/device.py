@@ -30,14 +30,16 @@ LANE_RANK = {Lane.COMM: 0, Lane.COMPUTE: 1, Lane.FILL: 2}
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A launch in a stream: its kernels, and how far it has come."""
+    """A launch in a stream: its kernels, how far it has come; `gap_us`: from its waits' end to its first kernel."""
 
     launch: Launch
     round_id: int
     kernels: tuple[Kernel, ...]
+    gap_us: float
     position: int = 0
     started: bool = False
     blocked: bool = False
+    arrives_us: float = -1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +114,8 @@ class Device:
 
     def issue(self, launch: Launch, kernels: tuple[Kernel, ...], round_id: int) -> None:
         """Put a launch behind what is already on its stream."""
-        entry = Entry(launch, round_id, kernels)
+        gap = up_to_grid(self.spec.kernel_gap_us + (self.spec.event_gap_us if launch.waits else 0.0))
+        entry = Entry(launch, round_id, kernels, gap)
         self.progress.setdefault(launch.batch_id, (0, 0.0))
         self.streams[launch.lane].append(entry)
         self.communicator.extend((entry, i) for i, k in enumerate(kernels) if k.is_communication)
@@ -148,31 +151,34 @@ class Device:
         if not all(self.reached(mark) for mark in entry.launch.waits):
             return
         entry.started = True
-        gap = self.spec.kernel_gap_us + (self.spec.event_gap_us if entry.launch.waits else 0.0)
-        self._arrive_after(entry, gap)
+        self._arrive_after(entry, entry.gap_us)
 
     def _arrive_after(self, entry: Entry, gap_us: float) -> None:
-        arrival = self.env.timeout(up_to_grid(gap_us))
-        arrival.callbacks.append(lambda _: self._arrive(entry))
+        entry.arrives_us = self.env.now + gap_us
+        self.env.timeout(gap_us).callbacks.append(lambda _: self._arrive(entry))
 
     def _arrive(self, entry: Entry) -> None:
         """The entry's next kernel wants its SMs; a collective only when it is its turn on the communicator."""
+        entry.arrives_us = -1.0
         kernel = entry.kernels[entry.position]
         if kernel.is_communication and self.communicator[0] != (entry, entry.position):
             entry.blocked = True  # taken up again when the one before it ends
             return
+        self.running.append(self.admit(entry))
+        self.unsettle()
+
+    def admit(self, entry: Entry) -> Running:
+        """The present kernel of an entry as something that wants SMs."""
+        kernel, sms = entry.kernels[entry.position], self.spec.num_sms
         self._order += 1
-        lane, sms = entry.launch.lane, self.spec.num_sms
         if kernel.is_communication:
-            running = Running(kernel, entry, lane, self._order, None, sms, 0)
+            running = Running(kernel, entry, entry.launch.lane, self._order, None, sms, 0)
             running.transfer = self.join(self, running)
             running.ctas_left = running.transfer.ctas
-        else:
-            shape = cta_shape(kernel, self.spec)
-            limit = max(1, sms - entry.launch.withheld_sms)
-            running = Running(kernel, entry, lane, self._order, shape, limit, shape.num_ctas)
-        self.running.append(running)
-        self.unsettle()
+            return running
+        shape = cta_shape(kernel, self.spec)
+        limit = max(1, sms - entry.launch.withheld_sms)
+        return Running(kernel, entry, entry.launch.lane, self._order, shape, limit, shape.num_ctas)
 
     def finish(self, running: Running) -> None:
         """A kernel is through: the next one of its launch follows, or the launch's mark is reached."""
@@ -190,7 +196,8 @@ class Device:
             self._write_span(running, now)
         entry.position += 1
         if entry.position < len(entry.kernels):
-            self._arrive_after(entry, self.spec.graph_gap_us if entry.launch.captured else self.spec.kernel_gap_us)
+            gap = self.spec.graph_gap_us if entry.launch.captured else self.spec.kernel_gap_us
+            self._arrive_after(entry, up_to_grid(gap))
         else:
             self._end_of(entry)
         if running.transfer is not None:
@@ -243,11 +250,14 @@ class Device:
         self._break_up(waiting, now)
         self._hand_out(now)
         self._set_paces(now)
+        self._await_next_end()
+
+    def _await_next_end(self) -> None:
         ends = [c.end_us for r in self.running for c in r.cohorts]
         self._generation += 1
         if ends:
             generation = self._generation
-            self.env.timeout(min(ends) - now).callbacks.append(lambda _: self._tick(generation))
+            self.env.timeout(min(ends) - self.env.now).callbacks.append(lambda _: self._tick(generation))
 
     def _tick(self, generation: int) -> None:
         """The next cohort has ended, unless the device was settled since this was planned."""
@@ -336,6 +346,32 @@ class Device:
     def _retime(self, cohort: Cohort, left: float, pace_us: float, now: float) -> None:
         cohort.waves_left, cohort.pace_us, cohort.since_us = left, pace_us, now
         cohort.end_us = now + up_to_grid(left * pace_us)
+
+    # -- taking the state out and putting it back (sim.recall) ---------------------------------------------------------
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something has changed at this instant that is not yet taken into account."""
+        return self._settling
+
+    def count(self) -> None:
+        """Bring the busy times up to now."""
+        self._count(self.env.now)
+
+    def restore(self, *, unsettled: bool) -> None:
+        """After streams, running kernels and communicator were put in place: set everything going again."""
+        self._order = len(self.running)
+        self._free = self.spec.num_sms - sum(r.held for r in self.running)
+        begun = [r for r in self.running if r.start_us >= 0.0]
+        self._communicating = sum(r.transfer is not None for r in begun)
+        self._computing = len(begun) - self._communicating
+        for stream in self.streams.values():
+            if stream and stream[0].arrives_us >= 0.0:
+                entry = stream[0]
+                self._arrive_after(entry, entry.arrives_us - self.env.now)
+        self._await_next_end()
+        if unsettled:
+            self.unsettle()
 
     # -- accounts ---------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class Transfer:
         self._resident = 0
         self._paces: dict[int, float] = {}
         self._share = 1.0
-        self._left, self._pace, self._since, self._generation = 1.0, 0.0, 0.0, 0
+        self._left, self._pace, self._since, self._end_us, self._generation = 1.0, 0.0, 0.0, 0.0, 0
 
     def resident(self, device: Device) -> None:
         """All CTAs of one side are on its SMs."""
@@ -68,9 +68,33 @@ class Transfer:
         if self._pace:
             self._left = max(0.0, self._left - (now - self._since) / self._pace)
         self._pace, self._since = pace, now
+        self._end_us = now + up_to_grid(self._left * pace)
+        self._await_end(env)
+
+    def _await_end(self, env: simpy.Environment) -> None:
         self._generation += 1
         generation = self._generation
-        env.timeout(up_to_grid(self._left * pace)).callbacks.append(lambda _: self._end(generation))
+        env.timeout(self._end_us - env.now).callbacks.append(lambda _: self._end(generation))
+
+    def freeze(self, now: float) -> tuple[float, ...]:
+        """What it takes to go on from here at another time; only for a transfer that has one side."""
+        if not self.started or not self._pace:
+            return (float(self.started),)
+        (pace,) = self._paces.values()
+        return (1.0, self._left, self._pace, now - self._since, self._end_us - now, pace)
+
+    def thaw(self, device: Device, frozen: tuple[float, ...]) -> None:
+        """Go on from a frozen state, at the device's present time."""
+        self.started = bool(frozen[0])
+        self._resident = int(self.started)
+        if not self.started:
+            return
+        self.links.add(self)
+        now = self._since = device.env.now
+        if len(frozen) > 1:
+            _, self._left, self._pace, since, end, pace = frozen
+            self._since, self._end_us, self._paces[device.rank] = now - since, now + end, pace
+            self._await_end(device.env)
 
     def _end(self, generation: int) -> None:
         if generation == self._generation:

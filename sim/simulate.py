@@ -16,6 +16,7 @@ from policy.scheduler import Scheduler
 from sim.cost import Costs, up_to_grid
 from sim.device import Device
 from sim.link import Links
+from sim.recall import Recall
 from sim.spec import HostSpec, NodeSpec
 from traces.request import Request
 from traces.timeline import Completion, Timeline
@@ -47,7 +48,7 @@ class Simulation:
         self.costs = Costs(node)
         links = Links(self.env, self.costs, layout.tp, folded=not fidelity.exact)
         step = 1 if fidelity.exact else layout.tp
-        self.devices = [self._device(rank, links) for rank in range(0, layout.num_ranks, step)]
+        self.devices = [self._device(self.env, rank, links) for rank in range(0, layout.num_ranks, step)]
         self.batches: dict[int, tuple[Batch, float]] = {}
         self.out_of_range: set[str] = set()
         self._left_on: dict[int, int] = {}
@@ -56,8 +57,8 @@ class Simulation:
         self._mail: list[deque[Round]] = [deque() for _ in self.devices]
         self._bell: list[simpy.Event] = [self.env.event() for _ in self.devices]
 
-    def _device(self, rank: int, links: Links) -> Device:
-        device = Device(self.env, rank, self.costs, priority=self.scheduler.options.priority, record=self.fidelity.record)
+    def _device(self, env: simpy.Environment, rank: int, links: Links) -> Device:
+        device = Device(env, rank, self.costs, priority=self.scheduler.options.priority, record=self.fidelity.record)
         device.join = links.join
         device.on_progress = self._on_progress
         return device
@@ -65,11 +66,16 @@ class Simulation:
     def run(self, requests: Sequence[Request]) -> Timeline:
         """Simulate until every request is answered. Requests must be sorted by (arrival, id)."""
         self.num_requests = len(requests)
-        self.env.process(self._decide(requests))
-        for number in range(1, len(self.devices)):
-            self.env.process(self._follow(number))
-        self.env.run()
         timeline = self.timeline
+        if self._may_recall:
+            recall = Recall(self)
+            recall.run(requests)
+            self.devices[0].busy = recall.busy
+        else:
+            self.env.process(self._decide(requests))
+            for number in range(1, len(self.devices)):
+                self.env.process(self._follow(number))
+            self.env.run()
         if len(timeline.completions) != len(requests):
             raise RuntimeError(f"the simulation stopped with {len(requests) - len(timeline.completions)} requests open")
         folded = self.layout.num_ranks // len(self.devices)
@@ -84,11 +90,22 @@ class Simulation:
         timeline.end_us = max((c.finished_us for c in timeline.completions), default=0.0)
         return timeline
 
+    @property
+    def _may_recall(self) -> bool:
+        """Deadlines make decisions depend on absolute time, spans must all be written, several devices have several hosts."""
+        plain = not self.fidelity.exact and not self.fidelity.record
+        return plain and len(self.devices) == 1 and self.scheduler.options.slo_us == float("inf")
+
+    def fresh_device(self) -> Device:
+        """A device at time zero, in a world of its own."""
+        env = simpy.Environment()
+        return self._device(env, 0, Links(env, self.costs, self.layout.tp, folded=True))
+
     # -- hosts ------------------------------------------------------------------------------------------------------
 
     def _decide(self, requests: Sequence[Request]) -> Process:
         """Rank 0: admit, plan, tell the others, issue, wait."""
-        scheduler, host, arrived = self.scheduler, self.node.host, 0
+        scheduler, arrived = self.scheduler, 0
         while True:
             now = self.env.now
             while arrived < len(requests) and on_grid(requests[arrived].arrival_us) <= now:
@@ -96,8 +113,7 @@ class Simulation:
                 arrived += 1
             admitted = scheduler.admit(now, last=arrived == len(requests))
             for batch in scheduler.enter(admitted, now):
-                self.batches[batch.batch_id] = (batch, now)
-                self._check_range(batch)
+                self.note_entry(batch, now)
             round_ = scheduler.next_round(now)
             if round_ is None:
                 due = min(
@@ -108,10 +124,21 @@ class Simulation:
                     return
                 yield self.env.timeout(max(TICK_US, up_to_grid(due - now)))
                 continue
-            if host.plan_us:
-                yield self.env.timeout(up_to_grid(host.plan_us))
+            yield from self._decided(self.devices[0], round_)
             self._tell(round_)
             yield from self._issue(self.devices[0], round_)
+
+    def host_round(self, device: Device, round_: Round) -> Process:
+        """What a round costs the deciding host: the plan, telling the others, its launches, waiting for the marks."""
+        yield from self._decided(device, round_)
+        yield from self._issue(device, round_)
+
+    def _decided(self, device: Device, round_: Round) -> Process:
+        """Planning; and the broadcast of what was admitted, which the first round of a batch cannot start without."""
+        host, enters = self.node.host, any(not launch.first for launch in round_.launches)
+        cost = host.plan_us + (host.broadcast_us if enters and self.layout.num_ranks > 1 else 0.0)
+        if cost:
+            yield device.env.timeout(up_to_grid(cost))
 
     def _tell(self, round_: Round) -> None:
         for number in range(1, len(self.devices)):
@@ -136,7 +163,7 @@ class Simulation:
                 kernels = self._kernels(piece)
                 cost = _launch_cost(piece, kernels, self.node.host)
                 if cost:
-                    yield self.env.timeout(up_to_grid(cost))
+                    yield device.env.timeout(up_to_grid(cost))
                 device.issue(piece, kernels, round_.round_id)
         waited = False
         for mark in round_.synchronize:
@@ -146,36 +173,43 @@ class Simulation:
                 if event is not None:
                     yield event
         if waited and self.node.host.synchronize_us:
-            yield self.env.timeout(up_to_grid(self.node.host.synchronize_us))
+            yield device.env.timeout(up_to_grid(self.node.host.synchronize_us))
 
     def _kernels(self, launch: Launch) -> tuple[Any, ...]:
         vector = self.batches[launch.batch_id][0].vectors[launch.stage]
         kernels = vector.kernels[launch.first : launch.last]
         return (kernels[0].fragment(launch.fragment),) if launch.fragment else kernels
 
-    def _check_range(self, batch: Batch) -> None:
-        """Note the operations whose messages are larger than anything the node's tables know."""
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def note_entry(self, batch: Batch, now_us: float) -> None:
+        """A batch is admitted. Operations whose messages are larger than the node's tables know are noted."""
+        self.batches[batch.batch_id] = (batch, now_us)
         for vector in batch.vectors:
             for kernel in {*vector.prologue, *vector.layer, *vector.epilogue}:
                 if self.costs.out_of_range(kernel):
                     self.out_of_range.add(f"{kernel.kind} of {kernel.message_bytes} bytes")
 
-    # -- results ----------------------------------------------------------------------------------------------------
+    def note_end(self, batch: Batch, now_us: float) -> None:
+        """The result of a batch is there."""
+        _, admitted_us = self.batches[batch.batch_id]
+        for request in batch.requests:
+            self.timeline.completions.append(Completion(request, batch.batch_id, admitted_us, now_us))
+        if len(self.devices) == 1:
+            del self.batches[batch.batch_id]
+        self.progress(len(batch.requests))
 
     def _on_progress(self, device: Device, batch_id: int, point: tuple[int, float]) -> None:
-        batch, admitted_us = self.batches[batch_id]
-        stage = self.layout.stage_of(device.rank)
-        if point[0] < len(batch.vectors[stage]):
+        batch, _ = self.batches[batch_id]
+        if point[0] < len(batch.vectors[self.layout.stage_of(device.rank)]):
             return
         device.forget(batch_id)
-        self._left_on[batch_id] = self._left_on.get(batch_id, len(self.devices)) - 1
-        if not self._left_on[batch_id]:
-            del self._left_on[batch_id], self.batches[batch_id]
-        if device.rank != self.layout.num_ranks - self.layout.tp:
-            return
-        for request in batch.requests:
-            self.timeline.completions.append(Completion(request, batch_id, admitted_us, self.env.now))
-        self.progress(len(batch.requests))
+        if device.rank == self.layout.num_ranks - self.layout.tp:
+            self.note_end(batch, self.env.now)
+        if len(self.devices) > 1:
+            self._left_on[batch_id] = self._left_on.get(batch_id, len(self.devices)) - 1
+            if not self._left_on[batch_id]:
+                del self._left_on[batch_id], self.batches[batch_id]
 
 
 def _pieces(launch: Launch) -> list[Launch]:

@@ -29,6 +29,8 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     `gemm_tiles`: CTA tiles (rows, cols) that the GEMM library chooses from, with the share of the SM's rate each reaches.
     `kernel_gap_us`: from one kernel's end to the next one's first CTA on a stream; `graph_gap_us`: the same in a graph;
     `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
+    `cta_start_us`: what a GEMM's CTA spends before and after its inner loop. `ramp_us`: how long memory stands idle
+    until a GEMM's loads flow.
     """
 
     name: str
@@ -40,6 +42,8 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     hbm_efficiency: Share
     sm_bandwidth_gb_s: Positive
     gemm_tiles: tuple[tuple[Count, Count, Share], ...]
+    cta_start_us: NonNegative = 0.0
+    ramp_us: NonNegative = 0.0
     kernel_gap_us: NonNegative
     graph_gap_us: NonNegative
     event_gap_us: NonNegative
