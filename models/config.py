@@ -41,6 +41,8 @@ class ModelConfig:
             raise ValueError(f"{self.model_id}: vocab_size is {self.vocab_size!r}; it must be 0 (no embedding) or more")
         if self.family not in FAMILIES:
             raise ValueError(f"{self.model_id}: family is {self.family!r}; it must be one of {', '.join(FAMILIES)}")
+        if not isinstance(self.gated, bool):
+            raise ValueError(f"{self.model_id}: gated is {self.gated!r}; it must be true or false")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.model_id}: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly"
@@ -98,22 +100,26 @@ def load_model(name_or_path: str) -> ModelConfig:
         raise ValueError(f"{path}: not a readable JSON model file ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object that describes a model, got {type(raw).__name__}")
-    return _from_own(raw, path) if "family" in raw else _from_hugging_face(raw, path)
+    known = _from_own(raw, path) if "family" in raw else _from_hugging_face(raw, path)
+    try:
+        return ModelConfig(**known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _from_own(raw: dict[str, Any], path: Path) -> ModelConfig:
+def _from_own(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     names = {f.name for f in fields(ModelConfig)}
     raw = {"model_id": path.stem, **raw}
     if unknown := sorted(set(raw) - names):
         raise ValueError(f"{path}: unknown field {unknown[0]!r}; known: {', '.join(sorted(names))}")
     if missing := sorted(names - set(raw)):
         raise ValueError(f"{path}: field {missing[0]!r} is missing")
-    return ModelConfig(**raw)
+    return raw
 
 
-def _from_hugging_face(raw: dict[str, Any], path: Path) -> ModelConfig:
+def _from_hugging_face(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = raw.get("model_type")
-    if kind not in _HF_FAMILIES:
+    if not isinstance(kind, str) or kind not in _HF_FAMILIES:
         raise ValueError(f"{path}: model_type is {kind!r}; supported: {', '.join(_HF_FAMILIES)}")
     if kind == "opt" and raw.get("word_embed_proj_dim", raw.get("hidden_size")) != raw.get("hidden_size"):
         raise ValueError(f"{path}: word_embed_proj_dim differs from hidden_size, which is not supported")
@@ -127,13 +133,16 @@ def _from_hugging_face(raw: dict[str, Any], path: Path) -> ModelConfig:
     heads, hidden = need("num_attention_heads"), need("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise ValueError(f"{path}: num_attention_heads {heads!r} and hidden_size {hidden!r} must be whole numbers")
-    return ModelConfig(
+    if not raw.get("head_dim") and hidden % heads:
+        raise ValueError(f"{path}: hidden_size {hidden} cannot be divided over {heads} heads; give head_dim")
+    groups = raw.get("multi_query_group_num") if raw.get("multi_query_attention") else None
+    return dict(
         model_id=path.parent.name if path.name == "config.json" else path.stem,
         family=_HF_FAMILIES[kind],
         num_layers=need("num_hidden_layers", "num_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or raw.get("multi_query_group_num") or heads,
+        num_kv_heads=raw.get("num_key_value_heads") or groups or heads,
         head_dim=raw.get("head_dim") or hidden // heads,
         ffn_size=need("ffn_dim", "intermediate_size", "ffn_hidden_size", "inner_hidden_size"),
         gated=kind != "opt",

@@ -1,4 +1,4 @@
-"""Kernels and function vectors: the ordered launches of one batch on one rank, each with its cost and its legal splits."""
+"""Kernels and function vectors: the ordered launches of one batch on one rank, each with its cost and legal splits."""
 
 from __future__ import annotations
 
@@ -169,6 +169,17 @@ class FunctionVector:
                 end = index + 1
             ends[index] = end
         return tuple(ends)
+
+    @cached_property
+    def _ranges(self) -> dict[tuple[int, int], tuple[Kernel, ...]]:
+        return {}
+
+    def range(self, first: int, last: int) -> tuple[Kernel, ...]:
+        """Kernels [first, last); the same object every time, so that what is known of a range can be kept by identity."""
+        kernels = self._ranges.get((first, last))
+        if kernels is None:
+            kernels = self._ranges[first, last] = self.kernels[first:last]
+        return kernels
 
     def locate(self, index: int) -> tuple[int, int]:
         """(layer, position in the layer) of a kernel; layer is -1 in the prologue, `num_layers` in the epilogue."""

@@ -45,6 +45,10 @@ class Layout:
     tp: int = 1
     pp: int = 1
 
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.pp < 1:
+            raise ValueError(f"a layout of {self.tp} tensor x {self.pp} pipeline ranks is not possible; 1 or more each")
+
     @property
     def num_ranks(self) -> int:
         """GPUs that one replica of the model occupies."""

@@ -48,5 +48,9 @@ def _synchronise(
     # The mark before the oldest batch's last launch: the host wakes while that one still runs.
     mark = own[-2].mark if len(own) > 1 else own[-1].mark
     held = (*state.held, (mark,))
-    ahead = options.run_ahead if options.sync == "hybrid" else UNSYNCHRONISED_AHEAD
-    return ((), held) if len(held) <= ahead else (held[0], held[1:])
+    return ((), held) if len(held) <= rounds_ahead(options) else (held[0], held[1:])
+
+
+def rounds_ahead(options: Options) -> int:
+    """How many rounds the host may have issued that the device has not reached."""
+    return {"cpu-gpu": 0, "hybrid": options.run_ahead, "inter-stream": UNSYNCHRONISED_AHEAD + options.run_ahead}[options.sync]

@@ -88,6 +88,20 @@ class Course:
         kernels = flight.vector.kernels[flight.cursor : end]
         return max(flight.ready_us, self.comm.end_us) + self.profile.run_us(kernels, 0, self.regime.max_ctas)
 
+    def comm_wanted_us(self, index: int) -> float:
+        """When the flight will next want the communication lane, its pending computation alone included."""
+        flight, wants = self.flights[index], self.wants_comm(index)
+        if wants is None:
+            return NEVER
+        if wants:
+            return max(flight.ready_us, self.comm.end_us)
+        end = flight.vector.run_end[flight.cursor]
+        if end >= len(flight.vector):
+            return NEVER
+        return max(flight.ready_us, self.compute.end_us) + self.profile.run_us(
+            flight.vector.range(flight.cursor, end), self.regime.withheld_sms, self.regime.max_ctas
+        )
+
     # -- prices -----------------------------------------------------------------------------------------------------
 
     def factors(self, compute: Kernel, comm: Kernel) -> Contention:

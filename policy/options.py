@@ -27,7 +27,7 @@ class Options:
 
     batch_size: int = 2
     max_wait_us: float = 20_000.0
-    pad_to: int = 8
+    pad_to: int = 16
     depth: int = 3
     switch_points: bool = True
     duration_matching: bool = True

@@ -8,14 +8,13 @@ from policy.lanes import NEVER, Course
 from policy.round import Lane, Launch
 
 # Without a partner there is nothing to interleave; how much is issued at once is how long a newcomer may have to wait.
-SOLO_SHARE = 16
+SOLO_LAYERS = 2
 
 
 def issue_alone(course: Course) -> None:
     """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor parallelism."""
     flight = course.flights[0]
-    layers = max(1, -(-flight.vector.num_layers // SOLO_SHARE))
-    goal = min(len(flight.vector), flight.cursor + layers * max(1, len(flight.vector.layer)))
+    goal = min(len(flight.vector), flight.cursor + SOLO_LAYERS * max(1, len(flight.vector.layer)))
     if flight.issued:
         course.place_rest(0)
     first = len(course.launches)
@@ -45,11 +44,14 @@ def fill_window(course: Course) -> None:
     blocked: set[int] = set()
     while course.flights[0].cursor < goal:
         index = _next_piece(course, blocked)
-        if course.wants_comm(index):
-            _place_comm(course, index)
-            blocked.clear()
-        elif index == 0:
+        if index == 0:
             _place_whole(course, 0)
+            blocked.clear()  # its next wish is known now, so there are new gaps
+        elif course.wants_comm(index):
+            if _place_comm(course, index):
+                blocked.clear()
+            else:
+                blocked.add(index)
         elif not _place_fill(course, index):
             blocked.add(index)
 
@@ -83,16 +85,38 @@ def _place_whole(course: Course, index: int) -> None:
         course.place(index, course.run_end(course.flights[index]))
 
 
-def _place_comm(course: Course, index: int) -> None:
-    """A collective; that of a fill one chunk at a time, so that an older batch's may go in between."""
+def _place_comm(course: Course, index: int) -> bool:
+    """A fill's collective, or a chunk of it, if no older batch will want the lane before it is through."""
     flight = course.flights[index]
     kernel, chunks = flight.vector.kernels[flight.cursor], course.regime.chunks
-    if flight.issued and flight.axis == "chunks" and index:
-        course.place(index, flight.cursor + 1, Fragment("chunks", flight.issued, flight.issued + 1, flight.parts))
-    elif flight.issued or index == 0 or chunks == 1 or kernel.max_parts("chunks") < chunks:
-        _place_whole(course, index)
+    wanted = min((course.comm_wanted_us(older) for older in range(index)), default=NEVER)
+    gap = wanted - course.start_us(index)
+    if not course.options.duration_matching:
+        gap = NEVER
+    if not flight.issued:
+        if _comm_fits(course, course.profile.solo_us(kernel, 0, course.regime.max_ctas), gap):
+            _place_whole(course, index)
+            return True
+        if chunks == 1 or kernel.max_parts("chunks") < chunks:
+            return False
+        part = Fragment("chunks", 0, 1, chunks)
+    elif flight.axis == "chunks":
+        part = Fragment("chunks", flight.issued, flight.issued + 1, flight.parts)
     else:
-        course.place(index, flight.cursor + 1, Fragment("chunks", 0, 1, chunks))
+        raise AssertionError("only collectives are cut into chunks")
+    fits = _comm_fits(course, course.profile.part_us(kernel, part, 0, course.regime.max_ctas), gap)
+    if fits:
+        course.place(index, flight.cursor + 1, part)
+    return fits
+
+
+def _comm_fits(course: Course, alone_us: float, gap_us: float) -> bool:
+    return alone_us * (1.0 - _overrun(course)) <= gap_us
+
+
+def _overrun(course: Course) -> float:
+    """The share of a fill that may delay older batches; none while the oldest has no slack."""
+    return 0.0 if course.options.protect and course.flights[0].protected else course.regime.overrun
 
 
 def _place_fill(course: Course, index: int) -> bool:
@@ -136,8 +160,7 @@ def _how_far(course: Course, flight: Flight, gap_us: float) -> int:
 
 def _fits(course: Course, kernel: Kernel, alone_us: float, gap_us: float) -> bool:
     """Whether a piece of this length may go into the gap: its overrun stays within what the regime allows."""
-    overrun = 0.0 if course.options.protect and course.flights[0].protected else course.regime.overrun
-    return alone_us * course.slowdown_of(kernel) * (1.0 - overrun) <= gap_us
+    return alone_us * course.slowdown_of(kernel) * (1.0 - _overrun(course)) <= gap_us
 
 
 def _largest_piece(course: Course, kernel: Kernel, gap_us: float) -> Fragment | None:

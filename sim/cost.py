@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from models.kernel import Kernel, Kind
 from policy.batch import TICK_US, on_grid
@@ -16,7 +16,7 @@ SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_SPLIT_INNER = 256
 MAX_SPLIT_WAVES = 4
 # Memory traffic of partial sums, per element of the result and part. Writing and reading in single precision makes 8;
-# 16 fits the measured GEMM tables better (see the nodes' source of gemm_tiles) and also stands for the reduction's time.
+# 16 fits the measured GEMM tables better (see the nodes' source of gemm_tiles) and stands for the reduction as well.
 PARTIAL_BYTES = 16
 
 
@@ -35,7 +35,7 @@ def up_to_grid(time_us: float) -> float:
     return max(1, ticks) * TICK_US
 
 
-@lru_cache(maxsize=None)
+@cache
 def cta_shape(kernel: Kernel, device: DeviceSpec) -> Shape:
     """The CTAs of a compute kernel; for a GEMM, of the tile and split that finish first on the whole device."""
     if kernel.kind is Kind.GEMM:
@@ -109,9 +109,10 @@ class Costs:
         for where in (path, DEFAULT_PATH):
             fitting = [t for t in self._tables.values() if (t.op, t.ranks, t.path) == (op, kernel.num_ranks, where)]
             allowed = [t for t in fitting if not max_ctas or t.ctas <= max_ctas]
-            if allowed or fitting:
-                default = max(fitting, key=lambda t: t.ctas) if not max_ctas else None
-                return default or (max(allowed, key=lambda t: t.ctas) if allowed else min(fitting, key=lambda t: t.ctas))
+            if allowed:
+                return max(allowed, key=lambda t: t.ctas)
+            if fitting:
+                return min(fitting, key=lambda t: t.ctas)
         raise ValueError(f"node {self.node.name} has no table for {op} among {kernel.num_ranks} ranks")
 
     def solo_us(self, kernel: Kernel, withheld_sms: int = 0, max_ctas: int = 0, path: str = DEFAULT_PATH) -> float:

@@ -17,6 +17,7 @@ import simpy
 from models.kernel import Kernel, Kind
 from policy.round import Lane, Launch, Mark
 from sim.cost import Costs, Shape, cta_shape, memory_bandwidth, up_to_grid
+from sim.express import Courses, Express, resumed_cohort
 from traces.timeline import Span
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class Device:
         self.spans: list[Span] = []
         self.on_progress: Callable[[Device, int, tuple[int, float]], None] = lambda device, batch, point: None
         self.join: Callable[[Device, Running], Transfer]
+        # Where collectives of one range can be foreseen: symmetric ranks folded, nothing else on the links.
+        self.courses: Courses | None = None
+        self.foresees_collectives = False
+        self.express: Express | None = None
         self.span_offset_us = 0.0
         self._waiters: list[tuple[Mark, simpy.Event]] = []
         self._order = self._generation = 0
@@ -151,21 +156,39 @@ class Device:
         if not all(self.reached(mark) for mark in entry.launch.waits):
             return
         entry.started = True
-        self._arrive_after(entry, entry.gap_us)
+        self.arrive_after(entry, entry.gap_us)
 
-    def _arrive_after(self, entry: Entry, gap_us: float) -> None:
+    def arrive_after(self, entry: Entry, gap_us: float) -> None:
         entry.arrives_us = self.env.now + gap_us
         self.env.timeout(gap_us).callbacks.append(lambda _: self._arrive(entry))
 
     def _arrive(self, entry: Entry) -> None:
         """The entry's next kernel wants its SMs; a collective only when it is its turn on the communicator."""
         entry.arrives_us = -1.0
+        if self.express is not None:
+            self.express.cut()
         kernel = entry.kernels[entry.position]
         if kernel.is_communication and self.communicator[0] != (entry, entry.position):
             entry.blocked = True  # taken up again when the one before it ends
             return
+        if self.courses is not None and entry.launch.captured and self._has_device_alone(entry):
+            slots = min(self._free, max(1, self.spec.num_sms - entry.launch.withheld_sms))
+            course = self.courses.course(entry, slots, up_to_grid(self.spec.graph_gap_us))
+            self._count(self.env.now)
+            self.express = Express(self, entry, course, slots)
+            return
         self.running.append(self.admit(entry))
         self.unsettle()
+
+    def _has_device_alone(self, entry: Entry) -> bool:
+        """Whether nothing else runs but transfers that hold their SMs and wait; of collectives, only its own come."""
+        if len(entry.kernels) - entry.position < 2 or self._settling:
+            return False
+        if any(r.transfer is None or r.transfer.started or r.ctas_left for r in self.running):
+            return False
+        if not any(k.is_communication for k in entry.kernels):
+            return True
+        return self.foresees_collectives and not self.running and self.communicator[0][0] is entry
 
     def admit(self, entry: Entry) -> Running:
         """The present kernel of an entry as something that wants SMs."""
@@ -197,9 +220,9 @@ class Device:
         entry.position += 1
         if entry.position < len(entry.kernels):
             gap = self.spec.graph_gap_us if entry.launch.captured else self.spec.kernel_gap_us
-            self._arrive_after(entry, up_to_grid(gap))
+            self.arrive_after(entry, up_to_grid(gap))
         else:
-            self._end_of(entry)
+            self.end_of(entry)
         if running.transfer is not None:
             self._next_collective()
         self.unsettle()
@@ -212,7 +235,7 @@ class Device:
                 entry.blocked = False
                 self._arrive(entry)
 
-    def _end_of(self, entry: Entry) -> None:
+    def end_of(self, entry: Entry) -> None:
         self.streams[entry.launch.lane].popleft()
         mark = entry.launch.mark
         self.progress[mark.batch_id] = (mark.kernel, mark.part)
@@ -235,6 +258,8 @@ class Device:
 
     def unsettle(self) -> None:
         """Something changed: settle the device once, after everything else at this instant."""
+        if self.express is not None:
+            self.express.cut()
         if not self._settling:
             self._settling = True
             event = self.env.event()
@@ -354,6 +379,35 @@ class Device:
         """Whether something has changed at this instant that is not yet taken into account."""
         return self._settling
 
+    def account(self, elapsed_us: float, compute_us: float, comm_us: float, kernels: int) -> None:
+        """What an express range did: beside waiting transfers, which count as communication all the time."""
+        if self._communicating:
+            self.busy.communication_us += elapsed_us
+            self.busy.overlap_us += compute_us
+        self.busy.compute_us += compute_us
+        self.busy.communication_us += comm_us
+        self.busy.kernels += kernels
+        self._counted_us = self.env.now
+
+    def resume(self, running: Running, elapsed_us: float) -> None:
+        """A kernel that has run alone since `elapsed_us` ago, put on the SMs it has."""
+        now = self.env.now
+        running.start_us = now - elapsed_us
+        if running.transfer is not None:
+            running.held, running.ctas_left = running.transfer.ctas, 0
+            self._communicating += 1
+            running.transfer.thaw(self, running.transfer.alone_since(elapsed_us))
+        else:
+            slots = min(self._free, running.limit)
+            ctas, waves, pace, since = resumed_cohort(running, elapsed_us, slots, self.costs)
+            running.held = ctas
+            cohort = Cohort(ctas, waves, pace, now - elapsed_us + since)
+            cohort.end_us = cohort.since_us + up_to_grid(waves * pace)
+            running.cohorts.append(cohort)
+            self._computing += 1
+        self._free -= running.held
+        self._await_next_end()
+
     def count(self) -> None:
         """Bring the busy times up to now."""
         self._count(self.env.now)
@@ -368,7 +422,7 @@ class Device:
         for stream in self.streams.values():
             if stream and stream[0].arrives_us >= 0.0:
                 entry = stream[0]
-                self._arrive_after(entry, entry.arrives_us - self.env.now)
+                self.arrive_after(entry, entry.arrives_us - self.env.now)
         self._await_next_end()
         if unsettled:
             self.unsettle()

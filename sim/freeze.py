@@ -13,8 +13,9 @@ from policy.batch import Batch
 from policy.round import Lane, Launch, Mark
 from sim.device import LANES, Cohort, Device, Entry, Running
 
-# How many layers ahead anything looks at most, beyond a solo round's share of the layers.
-LOOKAHEAD_LAYERS = 4
+# How many layers ahead of what a batch has done a plan looks at most, beyond those of the rounds that the host is ahead:
+# the layers of a round that is planned now, of the fill that goes with it, and one for good measure.
+LOOKAHEAD_LAYERS = 6
 
 
 class Place(NamedTuple):
@@ -88,6 +89,8 @@ def place_of(vector: FunctionVector, kernel: int, ahead: int) -> Place:
 def freeze(device: Device, numbers: dict[int, int], bases: list[int]) -> FrozenDevice:
     """Take the state out. `numbers` gives every living batch its number, `bases` their bases."""
     now = device.env.now
+    if device.express is not None:
+        device.express.cut()
 
     def entry(e: Entry) -> FrozenEntry:
         arrives = e.arrives_us - now if e.arrives_us >= 0.0 else -1.0
@@ -133,7 +136,7 @@ def thaw(device: Device, frozen: FrozenDevice, batches: list[Batch], bases: list
     for lane, entries in zip(LANES, frozen.lanes, strict=True):
         for e in entries:
             launch = _thaw_launch(e.launch, batches, bases)
-            kernels = batches[e.launch.batch].vectors[0].kernels[launch.first : launch.last]
+            kernels = batches[e.launch.batch].vectors[0].range(launch.first, launch.last)
             if launch.fragment is not None:
                 kernels = (kernels[0].fragment(launch.fragment),)
             arrives = e.arrives_in + now if e.arrives_in >= 0.0 else -1.0

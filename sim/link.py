@@ -83,6 +83,10 @@ class Transfer:
         (pace,) = self._paces.values()
         return (1.0, self._left, self._pace, now - self._since, self._end_us - now, pace)
 
+    def alone_since(self, elapsed_us: float) -> tuple[float, ...]:
+        """The frozen state of a transfer that has moved alone for so long."""
+        return (1.0, 1.0, self.solo_us, elapsed_us, self.solo_us - elapsed_us, 1.0)
+
     def thaw(self, device: Device, frozen: tuple[float, ...]) -> None:
         """Go on from a frozen state, at the device's present time."""
         self.started = bool(frozen[0])

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from models.transformer import BatchShape
 from policy.batch import TICK_US, Batch, Busy, Flight, State, on_grid
+from policy.interleaved import rounds_ahead
 from policy.round import Mark
-from policy.window import SOLO_SHARE
+from policy.window import SOLO_LAYERS
 from sim.cost import up_to_grid
 from sim.device import BusyTime, Device
 from sim.freeze import IDLE, LOOKAHEAD_LAYERS, FrozenDevice, Place, freeze, place_of, thaw
@@ -87,6 +88,7 @@ class Recall:
     def __init__(self, simulation: Simulation) -> None:
         self.simulation = simulation
         self.scheduler = simulation.scheduler
+        self.ahead = rounds_ahead(self.scheduler.options) * SOLO_LAYERS + LOOKAHEAD_LAYERS
         self.now = 0.0
         self.batches: list[Batch] = []
         self.bases: list[int] = []
@@ -130,15 +132,15 @@ class Recall:
             return
         self.scheduler.restore(self._thawed_state(state))
         admitted = self.scheduler.admit(self.now, last=last)
-        for batch in self.scheduler.enter(admitted, self.now):
+        entered = self.scheduler.enter(admitted, self.now)
+        for batch in entered:
             self.simulation.note_entry(batch, self.now)
             self.batches.append(batch)
             self.bases.append(0)
             self._ends[batch.batch_id] = len(batch.vectors[0])
-            device = state.device._replace(progress=(*state.device.progress, None))
-            state = replace(self._frozen_scheduler(device), device=device)
-            self._state = self._intern(state)
-            self._visits.clear()
+        device = state.device._replace(progress=state.device.progress + (None,) * len(entered))
+        self._state = self._intern(self._frozen_scheduler(device))
+        self._visits.clear()
 
     def _go_on(self, due: float) -> None:
         key = self._key()
@@ -155,10 +157,10 @@ class Recall:
             vector = batch.vectors[0]
             inside = base - len(vector.prologue)
             if base == 0:
-                place: tuple[Any, ...] = (vector, -1 - min(vector.num_layers, _ahead(batch)))
+                place: tuple[Any, ...] = (vector, -1 - min(vector.num_layers, self.ahead))
             else:
                 left = vector.num_layers - (inside // len(vector.layer) if vector.layer else 0)
-                place = (vector, min(left, _ahead(batch)))
+                place = (vector, min(left, self.ahead))
             places.append(place)
         return (self._state, *places)
 
@@ -188,7 +190,7 @@ class Recall:
         for batch, base, before in zip(self.batches, self.bases, visit.bases, strict=True):
             vector, moved = batch.vectors[0], base - before
             if moved:
-                left = vector.num_layers - (base - len(vector.prologue)) // len(vector.layer) - _ahead(batch)
+                left = vector.num_layers - (base - len(vector.prologue)) // len(vector.layer) - self.ahead
                 times = min(times, left // (moved // len(vector.layer)))
         if self.scheduler.has_room(len(self._states[self._state].flights)) and due < NEVER:
             times = min(times, int((due - self.now) // period) - 1)
@@ -231,6 +233,7 @@ class Recall:
             if self.now + drained.elapsed_us <= time:
                 self._apply(drained)
             else:
+                self.scheduler.restore(self._thawed_state(state))
                 device, finished = self._live_device(state.device)
                 device.env.run(until=time - self.now)
                 self._apply(self._outcome(device, finished, 0))
@@ -245,7 +248,9 @@ class Recall:
         key = ("drain", *self._key())
         outcome = self._outcomes.get(key)
         if outcome is None:
-            device, finished = self._live_device(self._states[self._state].device)
+            state = self._states[self._state]
+            self.scheduler.restore(self._thawed_state(state))
+            device, finished = self._live_device(state.device)
             device.env.run()
             outcome = self._outcomes[key] = self._outcome(device, finished, 0)
         return outcome
@@ -283,7 +288,7 @@ class Recall:
 
     def _place(self, batch: Batch, device: Device) -> Place:
         kernel, _ = device.progress.get(batch.batch_id, (0, 0.0))
-        return place_of(batch.vectors[0], kernel, _ahead(batch))
+        return place_of(batch.vectors[0], kernel, self.ahead)
 
     # -- the policy's state -----------------------------------------------------------------------------------------
 
@@ -334,11 +339,6 @@ class Recall:
         )
         return State(flights, frozen.compute, frozen.comm, held)
 
-
-
-def _ahead(batch: Batch) -> int:
-    """How many layers ahead of a batch's progress anything can depend on."""
-    return -(-batch.vectors[0].num_layers // SOLO_SHARE) * 4 + LOOKAHEAD_LAYERS
 
 
 def _add(total: BusyTime, part: BusyTime, times: int) -> None:

@@ -15,6 +15,7 @@ from policy.round import Launch, Round
 from policy.scheduler import Scheduler
 from sim.cost import Costs, up_to_grid
 from sim.device import Device
+from sim.express import Courses
 from sim.link import Links
 from sim.recall import Recall
 from sim.spec import HostSpec, NodeSpec
@@ -46,6 +47,7 @@ class Simulation:
         self.node, self.layout, self.scheduler, self.fidelity = node, layout, scheduler, fidelity
         self.progress = progress
         self.costs = Costs(node)
+        self.courses = Courses(self.costs)
         links = Links(self.env, self.costs, layout.tp, folded=not fidelity.exact)
         step = 1 if fidelity.exact else layout.tp
         self.devices = [self._device(self.env, rank, links) for rank in range(0, layout.num_ranks, step)]
@@ -60,6 +62,9 @@ class Simulation:
     def _device(self, env: simpy.Environment, rank: int, links: Links) -> Device:
         device = Device(env, rank, self.costs, priority=self.scheduler.options.priority, record=self.fidelity.record)
         device.join = links.join
+        if not self.fidelity.exact and not self.fidelity.record:
+            device.courses = self.courses
+            device.foresees_collectives = self.layout.pp == 1
         device.on_progress = self._on_progress
         return device
 
@@ -177,7 +182,7 @@ class Simulation:
 
     def _kernels(self, launch: Launch) -> tuple[Any, ...]:
         vector = self.batches[launch.batch_id][0].vectors[launch.stage]
-        kernels = vector.kernels[launch.first : launch.last]
+        kernels = vector.range(launch.first, launch.last)
         return (kernels[0].fragment(launch.fragment),) if launch.fragment else kernels
 
     # -- results ----------------------------------------------------------------------------------------------------

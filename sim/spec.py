@@ -16,8 +16,10 @@ from msgspec import Meta
 
 NODES = Path(__file__).parent / "nodes"
 
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
+# Far above anything real: keeps infinity out.
+LARGEST = 1e12
+Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
+NonNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Slowdown = Annotated[float, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
@@ -26,7 +28,7 @@ Count = Annotated[int, Meta(ge=1)]
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One GPU. Rates are dense half precision; efficiencies are achieved shares of them.
 
-    `gemm_tiles`: CTA tiles (rows, cols) that the GEMM library chooses from, with the share of the SM's rate each reaches.
+    `gemm_tiles`: CTA tiles (rows, cols) that the GEMM library chooses from, with the share of its rate each reaches.
     `kernel_gap_us`: from one kernel's end to the next one's first CTA on a stream; `graph_gap_us`: the same in a graph;
     `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
     `cta_start_us`: what a GEMM's CTA spends before and after its inner loop. `ramp_us`: how long memory stands idle
@@ -78,7 +80,8 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def __post_init__(self) -> None:
         if len(self.bytes) != len(self.us) or len(self.bytes) < 2:
-            raise ValueError(f"table {self.op}: {len(self.bytes)} sizes and {len(self.us)} times; need as many, 2 or more")
+            sizes, times = len(self.bytes), len(self.us)
+            raise ValueError(f"table {self.op}: {sizes} sizes and {times} times; need as many, 2 or more")
         if any(a >= b for a, b in zip(self.bytes, self.bytes[1:], strict=False)):
             raise ValueError(f"table {self.op}: sizes must increase")
 
@@ -97,8 +100,8 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What joins the GPUs. `root_gb_s`: capacity that all flows share (PCIe root or host memory), 0 if there is none.
 
-    `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic of
-    a collective per byte of message. `comm_partitions`: SM counts worth withholding from compute.
+    `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
+    of a collective per byte of message. `partitions`: SM counts worth withholding from compute.
     """
 
     kind: str
@@ -106,7 +109,14 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     root_gb_s: NonNegative = 0.0
     pairs: tuple[tuple[int, int], ...] = ()
     hbm_per_byte: Positive = 4.0
-    partitions: tuple[int, ...] = (0,)
+    partitions: tuple[Annotated[int, Meta(ge=0)], ...] = (0,)
+
+    def __post_init__(self) -> None:
+        keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            op, ranks, ctas, path = twice[0]
+            where = f" on path {path!r}" if path else ""
+            raise ValueError(f"two tables of {op} among {ranks} ranks with {ctas} CTAs{where}; keep one")
 
 
 class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
