@@ -30,7 +30,8 @@ def _wake_up(launches: list[Launch], options: Options) -> tuple[Mark, ...]:
 
     A send is not waited for: the next batch computes while it is under way.
     """
-    first = [launch for launch in launches if launch.stage == 0 and launch.lane is Lane.COMPUTE]
+    own = [launch for launch in launches if launch.stage == 0]
+    first = [launch for launch in own if launch.lane is Lane.COMPUTE] or own
     if options.sync == "hybrid" and len(first) > 1:
         return (first[-2].mark,)
     return (first[-1].mark,)

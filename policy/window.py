@@ -94,9 +94,11 @@ def _place_comm(course: Course, index: int) -> bool:
     if not course.options.duration_matching:
         gap = NEVER
     if not flight.issued:
-        if _comm_fits(course, course.profile.solo_us(kernel, 0, course.regime.max_ctas), gap):
-            _place_whole(course, index)
-            return True
+        run = flight.vector.range(flight.cursor, course.run_end(flight))
+        for count in sorted({len(run), 1}, reverse=True):
+            if _comm_fits(course, course.profile.run_us(run[:count], 0, course.regime.max_ctas), gap):
+                course.place(index, flight.cursor + count)
+                return True
         if chunks == 1 or kernel.max_parts("chunks") < chunks:
             return False
         part = Fragment("chunks", 0, 1, chunks)

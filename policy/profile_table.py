@@ -1,0 +1,123 @@
+"""A profile from tables of measured durations, as an executor writes them: plain data in, pure functions out."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.kernel import Kernel, Kind
+from policy.profile import Contention, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Values at growing sizes. Between two sizes the straight line; beyond the ends the nearest value, scaled by size
+    where `grows` (a kernel twice as large takes twice as long)."""
+
+    sizes: tuple[float, ...]
+    values: tuple[float, ...]
+    grows: bool = True
+
+    def at(self, size: float) -> float:
+        """The value at a size."""
+        place = bisect_right(self.sizes, size)
+        if place == 0:
+            return self.values[0]  # what is smaller than anything measured costs its fixed part
+        if place == len(self.sizes):
+            return self.values[-1] * (size / self.sizes[-1] if self.grows else 1.0)
+        low, high = self.sizes[place - 1], self.sizes[place]
+        share = (size - low) / (high - low)
+        return self.values[place - 1] * (1.0 - share) + self.values[place] * share
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Durations of one GEMM: a curve over rows for every measured number of output features."""
+
+    cols: tuple[float, ...]
+    by_cols: tuple[Curve, ...]
+
+    def at(self, rows: float, cols: float) -> float:
+        """Microseconds for rows x cols."""
+        return Curve(self.cols, tuple(curve.at(rows) for curve in self.by_cols)).at(cols)
+
+
+class Table:
+    """The look-ups behind a table profile. Raises ValueError naming what the data lack."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.name = str(_need(data, "name"))
+        self.gemms = {(str(_need(e, "name")), int(_need(e, "withheld"))): _sheet(e) for e in _need(data, "gemms")}
+        self.others = {(str(_need(e, "name")), int(_need(e, "withheld"))): _curve(e, "bytes") for e in _need(data, "others")}
+        self.comms = {(str(_need(e, "kind")), int(_need(e, "ctas"))): _curve(e, "bytes") for e in _need(data, "comms")}
+        pairs = _need(data, "pairs")
+        self.compute_slow = {_pair_key(e): _curve(e, "rows", "compute", grows=False) for e in pairs}
+        self.comm_slow = {_pair_key(e): _curve(e, "rows", "comm", grows=False) for e in pairs}
+
+    def solo_us(self, kernel: Kernel, withheld_sms: int, max_ctas: int) -> float:
+        """Duration alone. What was not measured under this partition or CTA count is as it is without."""
+        if kernel.is_communication:
+            return self._either(self.comms, kernel.kind.value, max_ctas).at(kernel.message_bytes)
+        if kernel.kind is Kind.GEMM:
+            return self._either(self.gemms, kernel.name, withheld_sms).at(kernel.rows, kernel.cols)
+        return self._either(self.others, kernel.name, withheld_sms).at(kernel.bytes_moved)
+
+    def contention(self, compute: Kernel, comm: Kernel, withheld_sms: int, max_ctas: int) -> Contention:
+        """The pair: slowdowns by the compute kernel's kind and rows, as measured beside an all-reduce."""
+        key = (compute.kind.value, withheld_sms, max_ctas)
+        if key not in self.compute_slow:
+            key = (Kind.GEMM.value, withheld_sms, max_ctas)
+        if key not in self.compute_slow:
+            return Contention()
+        rows = compute.rows
+        return Contention(max(1.0, self.compute_slow[key].at(rows)), max(1.0, self.comm_slow[key].at(rows)))
+
+    def _either(self, table: dict[tuple[str, int], Any], name: str, variant: int) -> Any:
+        found = table.get((name, variant)) or table.get((name, 0))
+        if found is None:
+            raise ValueError(f"profile {self.name} has no durations of {name}")
+        return found
+
+
+def profile_from(data: Mapping[str, Any]) -> Profile:
+    """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas, launch_us.
+
+    gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
+    us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow.
+    """
+    table = Table(data)
+    return Profile(
+        table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
+        float(_need(data, "launch_us")),
+    )  # fmt: skip
+
+
+def _need(data: Mapping[str, Any], key: str) -> Any:
+    if not isinstance(data, Mapping) or key not in data:
+        raise ValueError(f"a profile table lacks {key!r}")
+    return data[key]
+
+
+def _pair_key(entry: Mapping[str, Any]) -> tuple[str, int, int]:
+    return str(_need(entry, "kind")), int(_need(entry, "withheld")), int(_need(entry, "ctas"))
+
+
+def _curve(entry: Mapping[str, Any], sizes: str, values: str = "us", *, grows: bool = True) -> Curve:
+    return _checked(_need(entry, sizes), _need(entry, values), str(entry.get("name", entry.get("kind"))), grows)
+
+
+def _sheet(entry: Mapping[str, Any]) -> Sheet:
+    cols, by_cols = _need(entry, "cols"), _need(entry, "us")
+    name = str(_need(entry, "name"))
+    _checked(cols, [1.0] * len(by_cols), name, True)
+    return Sheet(tuple(cols), tuple(_checked(_need(entry, "rows"), values, name, True) for values in by_cols))
+
+
+def _checked(sizes: Sequence[float], values: Sequence[float], name: str, grows: bool) -> Curve:
+    if not sizes or len(sizes) != len(values):
+        raise ValueError(f"profile table of {name}: {len(sizes)} sizes and {len(values)} values; they must be equally many")
+    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)) or not all(value >= 0.0 for value in values):
+        raise ValueError(f"profile table of {name}: sizes must grow and values must not be negative")
+    return Curve(tuple(map(float, sizes)), tuple(map(float, values)), grows)

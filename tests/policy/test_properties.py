@@ -1,0 +1,185 @@
+"""What every policy must keep, on random vectors, depths, switches and beliefs that are wrong by up to 10x."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from fractions import Fraction
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.kernel import FunctionVector, Kernel
+from models.transformer import Layout
+from policy.options import Options
+from policy.round import Mark, Round
+from tests.worlds import World, alone, comm, compute, ideal_node, simple_profile, splittable
+from traces.timeline import Timeline
+
+SETTINGS = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)  # fmt: skip
+
+kernels = st.one_of(
+    st.integers(1, 400).map(lambda us: compute(us / 4)),
+    st.integers(1, 400).map(lambda us: comm(us / 4)),
+    st.tuples(st.sampled_from([64, 512, 2048]), st.sampled_from([64, 1024])).map(lambda s: splittable(*s)),
+)
+vectors = st.builds(
+    FunctionVector,
+    st.lists(kernels, min_size=1, max_size=5).map(tuple),
+    st.lists(kernels, max_size=6).map(tuple),
+    st.integers(0, 4),
+    st.lists(kernels, max_size=2).map(tuple),
+)
+switches = st.fixed_dictionaries(
+    {
+        "depth": st.integers(1, 5),
+        "switch_points": st.booleans(),
+        "duration_matching": st.booleans(),
+        "anticipation": st.sampled_from(["pairs", "scalar", "off"]),
+        "decomposition": st.sampled_from(["auto", "rows", "cols", "off"]),
+        "max_parts": st.integers(2, 9),
+        "chunks": st.booleans(),
+        "lookahead": st.booleans(),
+        "partition": st.sampled_from([-1, 0, 8]),
+        "adaptive": st.booleans(),
+        "sync": st.sampled_from(["hybrid", "cpu-gpu", "inter-stream"]),
+        "run_ahead": st.integers(0, 2),
+        "capture": st.booleans(),
+        "priority": st.booleans(),
+        "slo_us": st.sampled_from([float("inf"), 100.0, 5000.0]),
+    }
+)
+arrivals = st.lists(st.integers(0, 3000).map(float), min_size=1, max_size=6).map(sorted)
+node = ideal_node(slowdown=1.1, launch_us=0.5, collective_launch_us=1.0, event_us=0.1, synchronize_us=0.5, plan_us=0.5)
+
+
+@pytest.mark.parametrize("policy", ["tensor", "interleaved", "liger-artifact"])
+@SETTINGS
+@given(st.data())
+def test_every_policy_runs_everything_once_in_order_on_all_ranks(policy: str, data: st.DataObject) -> None:
+    shapes = data.draw(st.lists(vectors, min_size=1, max_size=3))
+    errors = data.draw(st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0]), min_size=3, max_size=3))
+    options = alone(**data.draw(switches))
+
+    def believed(kernel: Kernel) -> float:
+        return errors[len(kernel.name) % 3]
+
+    world = World(policy, node, [(v,) for v in shapes], options, profile=simple_profile(node, believed))
+    times = data.draw(arrivals)
+    timeline = world.run(times)  # raises if anything is left over: a deadlock
+    assert len(timeline.completions) == len(times)
+    lengths = {i: len(shapes[i % len(shapes)]) for i in range(len(times))}
+    issued_once_in_order(world.rounds, lengths)
+    waits_look_back(world.rounds)
+    runs_once_in_order(timeline, lengths)
+    collectives_have_one_order(timeline)
+
+
+def issued_once_in_order(rounds: list[Round], lengths: dict[int, int]) -> None:
+    """The launches of a batch tile its vector from first to last, fragments included."""
+    at: dict[int, tuple[int, Fraction]] = defaultdict(lambda: (0, Fraction(0)))
+    for launch in (launch for round_ in rounds for launch in round_.launches):
+        part = launch.fragment
+        begins = (launch.first, Fraction(part.start, part.of) if part else Fraction(0))
+        assert at[launch.batch_id] == begins
+        whole = part is None or part.stop == part.of
+        at[launch.batch_id] = (launch.last, Fraction(0)) if whole or part is None else (launch.first, Fraction(part.stop, part.of))
+    assert {batch: at[batch] for batch in lengths} == {batch: (n, Fraction(0)) for batch, n in lengths.items()}
+
+
+def waits_look_back(rounds: list[Round]) -> None:
+    """Every wait is for a launch that was issued before: then lanes that run in order cannot deadlock."""
+    issued: set[Mark] = set()
+    for round_ in rounds:
+        for launch in round_.launches:
+            for mark in launch.waits:
+                assert _implied(mark, issued)
+            issued.add(launch.mark)
+        assert all(_implied(mark, issued) for mark in round_.synchronize)
+
+
+def _implied(mark: Mark, issued: set[Mark]) -> bool:
+    """Something issued stands for it or for more; the very beginning of a batch needs nothing."""
+    if (mark.kernel, mark.part) == (0, 0.0):
+        return True
+    return any(m.batch_id == mark.batch_id and m.stage == mark.stage and m >= mark for m in issued)
+
+
+def runs_once_in_order(timeline: Timeline, lengths: dict[int, int]) -> None:
+    by_batch = defaultdict(list)
+    for span in sorted(timeline.spans, key=lambda s: (s.end_us, s.start_us)):
+        by_batch[span.rank, span.batch_id].append(span)
+    for (_, batch), spans in by_batch.items():
+        assert sorted({span.kernel_index for span in spans}) == list(range(lengths[batch]))
+        for before, after in zip(spans, spans[1:], strict=False):
+            assert before.end_us <= after.start_us + 1e-9
+            assert before.kernel_index <= after.kernel_index
+
+
+def collectives_have_one_order(timeline: Timeline) -> None:
+    orders = defaultdict(list)
+    for span in sorted(timeline.spans, key=lambda s: (s.end_us, s.start_us)):
+        if span.is_communication:
+            orders[span.rank].append((span.batch_id, span.kernel_index))
+    assert all(order == orders[0] for order in orders.values())
+
+
+@SETTINGS
+@given(st.data())
+def test_pipelines_run_everything_once_on_every_stage(data: st.DataObject) -> None:
+    from tests.sim.test_oracles import _as
+
+    stages = data.draw(st.integers(2, 4))
+    times = [data.draw(st.integers(1, 300)) / 2 for _ in range(stages)]
+    chain = []
+    for stage, us in enumerate(times):
+        own = [compute(us / 3)] * 3
+        before = [_as(comm(7.0, 2), "recv")] if stage else []
+        after = [_as(comm(7.0, 2), "send")] if stage < stages - 1 else []
+        chain.append(FunctionVector((*before, *own, *after)))
+    options = alone(depth=data.draw(st.integers(1, 6)), capture=data.draw(st.booleans()),
+                    sync=data.draw(st.sampled_from(["hybrid", "cpu-gpu", "inter-stream"])))  # fmt: skip
+    world = World("pipeline", node, [tuple(chain)], options, layout=Layout(1, stages))
+    num = data.draw(st.integers(1, 6))
+    timeline = world.run([0.0] * num)
+    assert len(timeline.completions) == num
+    assert timeline.num_kernels == num * sum(len(vector) for vector in chain)
+
+
+@SETTINGS
+@given(st.data())
+def test_a_batch_without_slack_is_not_delayed_beyond_what_was_priced(data: st.DataObject) -> None:
+    """With right estimates and no contention, the oldest batch takes as long as alone, whatever fills beside it.
+
+    Its deadline has passed, so fills may not delay it; what is left is the piece that was under way when it came.
+    """
+    calm = ideal_node()
+    shapes = data.draw(st.lists(vectors, min_size=2, max_size=3))
+    options = Options(batch_size=1, pad_to=1, depth=3, slo_us=0.0, adaptive=False, partition=0)
+    world = World("interleaved", calm, [(v,) for v in shapes], options)
+    timeline = world.run([0.0] * 3)
+    first = min(timeline.completions, key=lambda c: c.batch_id)
+    alone_us = world.scheduler.profile.run_us(shapes[0].kernels)
+    longest = max(world.scheduler.profile.solo_us(k, 0, 0) for v in shapes for k in v.kernels)
+    assert first.latency_us <= alone_us + 0.05 * longest + 0.5
+
+
+def test_equal_states_give_equal_rounds() -> None:
+    """Deciding is pure: two schedulers with the same admissions give the same rounds."""
+    vector = FunctionVector((), (compute(40.0), splittable(2048, 2048), comm(60.0)), 6)
+    runs = []
+    for _ in range(2):
+        world = World("interleaved", node, [(vector,)], alone(depth=3))
+        world.run([0.0, 10.0, 400.0])
+        runs.append(world.rounds)
+    assert runs[0] == runs[1]
+
+
+def test_what_does_not_fit_the_window_is_cut_and_the_pieces_run() -> None:
+    long = FunctionVector((), (splittable(1024, 4096), comm(6000.0)), 6)
+    world = World("interleaved", node, [(long,)], alone(depth=2, adaptive=False, lookahead=True))
+    world.run([0.0, 0.0])
+    parts = [launch.fragment for round_ in world.rounds for launch in round_.launches if launch.fragment]
+    assert any(part.axis in ("rows", "cols") for part in parts)

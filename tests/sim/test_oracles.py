@@ -1,0 +1,188 @@
+"""Closed forms that the simulator must reproduce."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.config import MODELS
+from models.kernel import FunctionVector, Kernel, Kind, collective
+from models.transformer import Layout, function_vector
+from policy.options import Options
+from policy.round import Lane, Launch
+from policy.scheduler import Scheduler
+from sim.believe import profile_of
+from sim.device import _fair_share
+from sim.simulate import Fidelity, Simulation
+from sim.spec import load_node
+from tests.worlds import BYTES_PER_US, World, alone, changed, comm, compute, ideal_node
+from traces.arrivals import poisson
+from traces.request import Request
+
+
+def layers(compute_us: float, comm_us: float, num: int) -> tuple[FunctionVector, ...]:
+    return (FunctionVector((), (compute(compute_us), comm(comm_us)), num),)
+
+
+def mean_wait_us(rate_per_us: float, service_us: float) -> float:
+    """M/D/1: Pollaczek-Khinchine for a constant service time."""
+    load = rate_per_us * service_us
+    return service_us * load / (2 * (1 - load))
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_poisson_arrivals_at_a_deterministic_server_wait_as_in_m_d_1(load: float) -> None:
+    service_us, num = 1000.0, 20_000
+    world = World("tensor", ideal_node(), [layers(100.0, 150.0, 4)], alone())
+    arrivals = poisson(num, load / service_us * 1e6, np.random.default_rng(1))
+    timeline = world.run(arrivals.tolist(), Fidelity())
+    waits = np.array([c.latency_us - service_us for c in timeline.completions])
+    assert waits.min() >= -1.0
+    assert waits.mean() == pytest.approx(mean_wait_us(load / service_us, service_us), rel=0.06)
+
+
+def test_two_stage_pipeline_takes_its_length_once_and_then_its_slowest_stage_each_time() -> None:
+    first, second, num = 300.0, 500.0, 20
+    stages = (
+        FunctionVector((compute(first), comm(10.0, 2)), ()),
+        FunctionVector((comm(10.0, 2), compute(second)), ()),
+    )
+    send, receive = (
+        tuple(_as(kernel, kind) for kernel in stage.kernels) for stage, kind in zip(stages, ("send", "recv"), strict=True)
+    )
+    vectors = (FunctionVector(send), FunctionVector(receive))
+    world = World("pipeline", ideal_node(), [vectors], alone(depth=4), layout=Layout(1, 2))
+    timeline = world.run([0.0] * num)
+    # The last stage only receives, so every transfer but the first is hidden behind its computation.
+    assert timeline.end_us == pytest.approx(first + 10.0 + num * second, abs=0.1)
+
+
+def _as(kernel: Kernel, kind: str) -> Kernel:
+    return collective(kind, Kind(kind), kernel.message_bytes, 2) if kernel.is_communication else kernel
+
+
+@pytest.mark.parametrize("policy", ["tensor", "interleaved", "liger-artifact"])
+def test_littles_law(policy: str) -> None:
+    world = World(policy, ideal_node(), [layers(40.0, 30.0, 6)], alone())
+    arrivals = poisson(400, 1800.0, np.random.default_rng(3)).tolist()
+    timeline = world.run(arrivals, Fidelity())
+    # The integral of the number in the system equals the sum of the times in it.
+    events = sorted([(t, 1) for t in arrivals] + [(c.finished_us, -1) for c in timeline.completions])
+    area, inside, last = 0.0, 0, 0.0
+    for time, step in events:
+        area, inside, last = area + inside * (time - last), inside + step, time
+    assert inside == 0
+    assert area == pytest.approx(sum(c.latency_us for c in timeline.completions), rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["tensor", "interleaved", "liger-artifact"])
+def test_work_is_conserved(policy: str) -> None:
+    num, depth = 7, 5
+    world = World(policy, ideal_node(), [layers(40.0, 30.0, depth)], alone(decomposition="off", chunks=False))
+    timeline = world.run([0.0] * num)
+    ranks = 4
+    assert timeline.compute_us == pytest.approx(ranks * num * depth * 40.0)
+    assert timeline.num_kernels == ranks * num * depth * 2
+    # A collective may hold its SMs while it waits for its turn, never less than it takes.
+    assert timeline.communication_us >= ranks * num * depth * 30.0 - 1e-6
+
+
+@pytest.mark.parametrize("policy", ["tensor", "interleaved", "liger-artifact"])
+def test_one_batch_has_nothing_to_overlap_with(policy: str) -> None:
+    world = World(policy, ideal_node(), [layers(40.0, 30.0, 6)], alone())
+    timeline = world.run([0.0])
+    assert timeline.overlap_us == 0.0
+    assert timeline.end_us == pytest.approx(6 * 70.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("compute_us", "comm_us"), [(50.0, 50.0), (80.0, 40.0), (40.0, 80.0)])
+def test_without_contention_two_batches_reach_the_ideal_bound(compute_us: float, comm_us: float) -> None:
+    num = 40
+    world = World("interleaved", ideal_node(), [layers(compute_us, comm_us, num)], alone(depth=2, max_wait_us=0.0))
+    timeline = world.run([0.0, 0.0])
+    ideal = 2 * num * max(compute_us, comm_us)
+    # One batch must begin and one must end alone: at most a layer on top of the bound.
+    assert ideal <= timeline.end_us <= ideal + 1.05 * (compute_us + comm_us)
+
+
+def test_contention_slows_both_sides_by_what_the_node_says() -> None:
+    node = ideal_node(slowdown=1.25)
+    world = World("interleaved", node, [layers(50.0, 50.0, 40)], alone(depth=2, adaptive=False))
+    timeline = world.run([0.0, 0.0])
+    assert timeline.end_us == pytest.approx(2 * 40 * 50.0 * 1.25, rel=0.03)
+
+
+def test_the_published_contention_factor_refuses_a_fill_as_long_as_its_window() -> None:
+    """0.8 of the window is less than the fill, and what cannot be split is never launched: no overlap at all."""
+    world = World("liger-artifact", ideal_node(), [layers(50.0, 50.0, 10)], alone(depth=2))
+    assert world.run([0.0, 0.0]).overlap_us == 0.0
+
+
+@pytest.mark.parametrize(
+    ("priority", "withheld", "start_us"), [(True, 0, 100.0), (False, 0, 200.0), (True, 4, 50.0), (False, 4, 50.0)]
+)
+def test_a_collective_waits_for_sms(priority: bool, withheld: int, start_us: float) -> None:
+    """It comes at 50 us, in the first of two waves of 100 us that fill every SM they may use.
+
+    CTAs are never preempted: with priority it waits for the wave, without for the whole kernel to be on the SMs, and not
+    at all where SMs are withheld for it.
+    """
+    slots = 100 - withheld
+    big = Kernel("big", Kind.ATTENTION, flops=2 * 100.0 * 1e4 * slots, num_ctas=2 * slots)
+    node = ideal_node(comm_ctas=4)
+    world = World("tensor", node, [(FunctionVector((big,)),)], alone(priority=priority))
+    device = Simulation(node, Layout(4, 1), world.scheduler, Fidelity(record=True)).fresh_device()
+    device.on_progress = lambda device, batch_id, point: None
+    device.issue(Launch(0, 0, 1, Lane.COMPUTE, withheld_sms=withheld), (big,), 0)
+    device.env.timeout(50.0).callbacks.append(lambda _: device.issue(Launch(1, 0, 1, Lane.COMM), (comm(30.0),), 0))
+    device.env.run()
+    span = next(span for span in device.spans if span.is_communication)
+    assert span.start_us == pytest.approx(start_us, abs=0.01)
+
+
+def test_memory_is_shared_fairly() -> None:
+    """Two kernels that each want all of the memory's bandwidth take twice as long side by side."""
+    assert _fair_share([10.0, 10.0], 10.0) == 5.0
+    assert _fair_share([2.0, 10.0], 10.0) == 8.0
+    assert _fair_share([2.0, 3.0], 10.0) == float("inf")
+
+
+def test_flows_share_the_root_that_they_cross() -> None:
+    """Two tensor-parallel pairs whose all-reduces each need the whole root take twice as long together."""
+    vector = FunctionVector((compute(10.0), comm(100.0, 2), compute(1.0), comm(1.0, 2)))
+    receiver = FunctionVector((comm(1.0, 2), comm(100.0, 2)))
+    vectors = (_renamed(vector, "send", 3), _renamed(receiver, "recv", 0))
+    free = World("hybrid", ideal_node(), [vectors], alone(depth=4), layout=Layout(2, 2)).run([0.0, 0.0])
+    tight_node = changed(ideal_node(), "link", root_gb_s=2 * BYTES_PER_US / 1e3)
+    tight = World("hybrid", tight_node, [vectors], alone(depth=4), layout=Layout(2, 2)).run([0.0, 0.0])
+    assert tight.end_us > free.end_us + 50.0
+
+
+def _renamed(vector: FunctionVector, kind: str, index: int) -> FunctionVector:
+    kernels = list(vector.kernels)
+    kernels[index] = _as(kernels[index], kind)
+    return FunctionVector(tuple(kernels))
+
+
+
+@pytest.mark.parametrize("policy", ["tensor", "pipeline", "hybrid", "interleaved", "liger-artifact"])
+@pytest.mark.parametrize("node_name", ["a100-pcie-x4", "h200-nvlink-x4"])
+def test_folding_and_skipping_change_nothing(policy: str, node_name: str) -> None:
+    """The default mode gives, to the last bit, what simulating every rank and every layer gives."""
+    model, node = MODELS["opt-30b"], load_node(node_name)
+    layout = {"pipeline": Layout(1, 4), "hybrid": Layout(2, 2)}.get(policy, Layout(4, 1))
+    rng = np.random.default_rng(5)
+    arrivals = np.cumsum(rng.exponential(8e3, 24))
+    requests = [Request(i, float(t), int(n)) for i, (t, n) in enumerate(zip(arrivals, rng.integers(16, 129, 24), strict=True))]
+
+    def outcome(fidelity: Fidelity) -> tuple[object, ...]:
+        scheduler = Scheduler(
+            policy, Options(), profile_of(node),
+            lambda shape: tuple(function_vector(model, shape, layout, s) for s in range(layout.pp)),
+        )  # fmt: skip
+        timeline = Simulation(node, layout, scheduler, fidelity).run(requests)
+        ends = [(c.request.request_id, c.admitted_us, c.finished_us) for c in timeline.completions]
+        busy = (timeline.compute_us, timeline.communication_us, timeline.overlap_us, timeline.num_kernels)
+        return ends, busy, timeline.num_rounds
+
+    assert outcome(Fidelity()) == outcome(Fidelity(exact=True))
