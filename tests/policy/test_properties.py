@@ -177,9 +177,9 @@ def test_equal_states_give_equal_rounds() -> None:
     assert runs[0] == runs[1]
 
 
-def test_what_does_not_fit_the_window_is_cut_and_the_pieces_run() -> None:
+def test_what_does_not_fit_the_window_of_a_batch_without_slack_is_cut() -> None:
     long = FunctionVector((), (splittable(1024, 4096), comm(6000.0)), 6)
-    world = World("interleaved", node, [(long,)], alone(depth=2, adaptive=False, lookahead=True))
+    world = World("interleaved", node, [(long,)], alone(depth=2, adaptive=False, slo_us=0.0))
     world.run([0.0, 0.0])
     parts = [launch.fragment for round_ in world.rounds for launch in round_.launches if launch.fragment]
     assert any(part.axis in ("rows", "cols") for part in parts)
