@@ -82,6 +82,17 @@ class Visit:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Where a stretch began that is being recorded: until a batch is through or has nothing left to issue."""
+
+    key: tuple[Any, ...]
+    now_us: float
+    bases: list[int]
+    busy: BusyTime
+    rounds: int
+
+
 class Recall:
     """Runs a simulation of one device by recalling transitions."""
 
@@ -98,6 +109,8 @@ class Recall:
         self._numbers: dict[FrozenState, int] = {}
         self._outcomes: dict[tuple[Any, ...], Outcome] = {}
         self._visits: dict[tuple[Any, ...], Visit] = {}
+        self._stretches: dict[tuple[Any, ...], Outcome] = {}
+        self._stretch: Stretch | None = None
         self._state = self._intern(FrozenState((), Busy(), Busy(), (), IDLE))
         self._ends: dict[int, int] = {}
 
@@ -141,15 +154,42 @@ class Recall:
         device = state.device._replace(progress=state.device.progress + (None,) * len(entered))
         self._state = self._intern(self._frozen_scheduler(device))
         self._visits.clear()
+        self._stretch = None
 
     def _go_on(self, due: float) -> None:
+        """One transition, or a whole stretch of them up to the next change of the set of batches."""
+        if self._stretch is None:
+            key = (self._state, *((batch.vectors[0], base) for batch, base in zip(self.batches, self.bases, strict=True)))
+            known = self._stretches.get(key)
+            if known is not None and (known.elapsed_us <= due - self.now or self._is_full):
+                self._apply(known)
+                return
+            self._stretch = Stretch(key, self.now, list(self.bases), replace(self.busy), self.scheduler.num_rounds)
+        self._step(due)
+
+    @property
+    def _is_full(self) -> bool:
+        return not self.scheduler.has_room(len(self._states[self._state].flights))
+
+    def _step(self, due: float) -> None:
         key = self._key()
         if self._skip_cycles(key, due):
             key = self._key()
         outcome = self._outcomes.get(key)
         if outcome is None:
             outcome = self._outcomes[key] = self._live_round()
+        stretch, before = self._stretch, self.now
         self._apply(outcome)
+        if stretch is not None and (outcome.issued or outcome.finished):
+            self._stretches[stretch.key] = self._whole(stretch, outcome, before)
+
+    def _whole(self, stretch: Stretch, last: Outcome, before_us: float) -> Outcome:
+        """All transitions of a stretch as one; only its last one changed the set of batches."""
+        offset = before_us - stretch.now_us
+        shifts = tuple(base - stretch.bases[j] for j, base in zip(last.survivors, self.bases, strict=True))
+        finished = tuple((number, offset + after) for number, after in last.finished)
+        return Outcome(self.now - stretch.now_us, last.survivors, shifts, finished, last.issued,
+                       _difference(self.busy, stretch.busy), self.scheduler.num_rounds - stretch.rounds, last.state)  # fmt: skip
 
     def _key(self) -> tuple[Any, ...]:
         places = []
@@ -166,6 +206,8 @@ class Recall:
 
     def _apply(self, outcome: Outcome) -> None:
         """Take a transition: time, results, accounts, and the state behind it."""
+        if outcome.issued or outcome.finished:
+            self._stretch = None
         for number in outcome.issued:
             self.scheduler.note_issued(self.batches[number])
         for number, after in outcome.finished:
@@ -192,16 +234,13 @@ class Recall:
             if moved:
                 left = vector.num_layers - (base - len(vector.prologue)) // len(vector.layer) - self.ahead
                 times = min(times, left // (moved // len(vector.layer)))
-        if self.scheduler.has_room(len(self._states[self._state].flights)) and due < NEVER:
+        if not self._is_full and due < NEVER:
             times = min(times, int((due - self.now) // period) - 1)
         if times <= 0 or times == 1 << 60:
             return False
         self.now += times * period
         self.bases = [base + times * (base - before) for base, before in zip(self.bases, visit.bases, strict=True)]
-        delta = BusyTime(self.busy.compute_us - visit.busy.compute_us,
-                         self.busy.communication_us - visit.busy.communication_us,
-                         self.busy.overlap_us - visit.busy.overlap_us, self.busy.kernels - visit.busy.kernels)  # fmt: skip
-        _add(self.busy, delta, times)
+        _add(self.busy, _difference(self.busy, visit.busy), times)
         rounds = times * (self.scheduler.num_rounds - visit.rounds)
         self.scheduler.num_rounds += rounds
         self.skipped_rounds += rounds
@@ -298,7 +337,9 @@ class Recall:
             if len(self._states) >= MAX_STATES:
                 self._numbers.clear()
                 self._outcomes.clear()
+                self._stretches.clear()
                 self._visits.clear()
+                self._stretch = None
                 self._states.clear()
             number = self._numbers[state] = len(self._states)
             self._states.append(state)
@@ -346,3 +387,8 @@ def _add(total: BusyTime, part: BusyTime, times: int) -> None:
     total.communication_us += times * part.communication_us
     total.overlap_us += times * part.overlap_us
     total.kernels += times * part.kernels
+
+
+def _difference(after: BusyTime, before: BusyTime) -> BusyTime:
+    return BusyTime(after.compute_us - before.compute_us, after.communication_us - before.communication_us,
+                    after.overlap_us - before.overlap_us, after.kernels - before.kernels)  # fmt: skip
