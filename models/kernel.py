@@ -175,7 +175,8 @@ class FunctionVector:
         return {}
 
     def range(self, first: int, last: int) -> tuple[Kernel, ...]:
-        """Kernels [first, last); the same object every time, so that what is known of a range can be kept by identity."""
+        """Kernels [first, last); the same object every time, so that what is known of a range can be kept by
+        identity."""
         kernels = self._ranges.get((first, last))
         if kernels is None:
             kernels = self._ranges[first, last] = self.kernels[first:last]

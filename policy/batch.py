@@ -39,8 +39,9 @@ class Batch:
 class Flight:
     """A batch in flight and what has been issued of it on stage 0.
 
-    `cursor` is the next kernel; `issued` of `parts` pieces of it have been issued already (0 of 1: none), cut along `axis`.
-    `ready_us` is when the work issued so far is believed to end, on the clock of the state. `lane` ran the last piece.
+    `cursor` is the next kernel; `issued` of `parts` pieces of it have been issued already (0 of 1: none), cut along
+    `axis`. `ready_us` is when the work issued so far is believed to end, on the clock of the state. `lane` ran the
+    last piece.
     `protected`: its deadline leaves no slack, so fills must not delay it.
     """
 
@@ -66,7 +67,8 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """What is believed to occupy a lane until `end_us`: a kernel of the flight at this index (-1: of none in flight)."""
+    """What is believed to occupy a lane until `end_us`: a kernel of the flight at this index (-1: of none in
+    flight)."""
 
     end_us: float = 0.0
     kernel: Kernel | None = None

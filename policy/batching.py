@@ -7,9 +7,7 @@ from policy.options import Options
 from traces.request import Request
 
 
-def take_batch(
-    waiting: tuple[Request, ...], now_us: float, options: Options, *, last: bool
-) -> tuple[Request, ...]:
+def take_batch(waiting: tuple[Request, ...], now_us: float, options: Options, *, last: bool) -> tuple[Request, ...]:
     """The requests that form the next batch at `now_us`, oldest first; empty if it is better to wait.
 
     A batch is full at `batch_size`; a part-filled one goes when its oldest request has waited `max_wait_us`, or when no

@@ -2,8 +2,8 @@
 
 A round is a window: the oldest batch's next compute segment and the communication behind it, and whatever the other
 batches can do beside them. Differences to the published schedule, all switchable: every flight is a candidate, not only
-the next in line; a fill is judged by the price of the pair; waits go both ways; the SM partition is chosen by regime; and
-where overlap does not pay, batches run one after the other.
+the next in line; a fill is judged by the price of the pair; waits go both ways; the SM partition is chosen by regime;
+and where overlap does not pay, batches run one after the other.
 """
 
 from __future__ import annotations
@@ -53,4 +53,6 @@ def _synchronise(
 
 def rounds_ahead(options: Options) -> int:
     """How many rounds the host may have issued that the device has not reached."""
-    return {"cpu-gpu": 0, "hybrid": options.run_ahead, "inter-stream": UNSYNCHRONISED_AHEAD + options.run_ahead}[options.sync]
+    return {"cpu-gpu": 0, "hybrid": options.run_ahead, "inter-stream": UNSYNCHRONISED_AHEAD + options.run_ahead}[
+        options.sync
+    ]

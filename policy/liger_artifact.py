@@ -1,8 +1,9 @@
-"""The published Liger artifact's control flow, for comparison (reference: MachineLearningSystem/24PPOPP-Liger, schedule.h).
+"""The published Liger artifact's control flow, for comparison (reference: MachineLearningSystem/24PPOPP-Liger,
+schedule.h).
 
-One window per segment of the oldest batch; one contention factor of 0.8 in both directions; fills in FIFO order; GEMMs cut
-along output features by eighths; a secondary collective always closes the window. Its launches are eager. Unlike the
-artifact, data dependencies between its two streams are kept and admission is decided once: without them it computes
+One window per segment of the oldest batch; one contention factor of 0.8 in both directions; fills in FIFO order; GEMMs
+cut along output features by eighths; a secondary collective always closes the window. Its launches are eager. Unlike
+the artifact, data dependencies between its two streams are kept and admission is decided once: without them it computes
 invalid numbers and deadlocks.
 """
 
@@ -21,7 +22,8 @@ PARTS = 8
 
 
 def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
-    """One window: the primary's kernels up to the next switch, then what fits of the others, first come first served."""
+    """One window: the primary's kernels up to the next switch, then what fits of the others, first come first
+    served."""
     flights = list(state.flights)
     primary = flights[0]
     launches, window, wake = _primary_segment(primary, profile)
@@ -69,7 +71,8 @@ def _estimate(flight: Flight, index: int, profile: Profile) -> float:
 def _fill(
     flight: Flight, window: float, communicating: bool, gate: Mark | None, profile: Profile
 ) -> tuple[Flight, float, list[Launch]]:
-    """Launch kernels of the opposite type while the window lasts; returns the flight, what is left, and the launches."""
+    """Launch kernels of the opposite type while the window lasts; returns the flight, what is left, and the
+    launches."""
     fills: list[Launch] = []
     while window > 0.0 and flight.cursor < len(flight.vector):
         kernel = flight.vector.kernels[flight.cursor]

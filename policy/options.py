@@ -16,10 +16,12 @@ class Options:
 
     batch_size, max_wait_us, pad_to: how requests become batches (`policy.batching`).
     depth: batches in flight at once. switch_points: plan at the changes between compute and communication, not kernel
-    by kernel. duration_matching: fill only what fits. anticipation: price co-running by kind pair, link and size; by one
-    scalar; or not. decomposition, max_parts: along which axis and into how many pieces kernels may be cut at run time.
+    by kernel. duration_matching: fill only what fits. anticipation: price co-running by kind pair, link and size; by
+    one scalar; or not. decomposition, max_parts: along which axis and into how many pieces kernels may be cut at run
+    time.
     chunks: cut long collectives too. lookahead: consider every flight as a fill, not only the next in line.
-    partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to choose by regime.
+    partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to choose by
+    regime.
     adaptive: fall back to plain tensor parallelism where overlap does not pay. protect: a batch without slack to its
     deadline is not delayed. sync: who orders lanes (Liger section 3.4). run_ahead: rounds that the host may be ahead.
     capture: replay runs of kernels as graphs. priority: streams have priorities. slo_us: end-to-end deadline.

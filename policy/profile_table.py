@@ -50,7 +50,9 @@ class Table:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.name = str(_need(data, "name"))
         self.gemms = {(str(_need(e, "name")), int(_need(e, "withheld"))): _sheet(e) for e in _need(data, "gemms")}
-        self.others = {(str(_need(e, "name")), int(_need(e, "withheld"))): _curve(e, "bytes") for e in _need(data, "others")}
+        self.others = {
+            (str(_need(e, "name")), int(_need(e, "withheld"))): _curve(e, "bytes") for e in _need(data, "others")
+        }
         self.comms = {(str(_need(e, "kind")), int(_need(e, "ctas"))): _curve(e, "bytes") for e in _need(data, "comms")}
         pairs = _need(data, "pairs")
         self.compute_slow = {_pair_key(e): _curve(e, "rows", "compute", grows=False) for e in pairs}
@@ -117,7 +119,9 @@ def _sheet(entry: Mapping[str, Any]) -> Sheet:
 
 def _checked(sizes: Sequence[float], values: Sequence[float], name: str, grows: bool) -> Curve:
     if not sizes or len(sizes) != len(values):
-        raise ValueError(f"profile table of {name}: {len(sizes)} sizes and {len(values)} values; they must be equally many")
+        raise ValueError(
+            f"profile table of {name}: {len(sizes)} sizes and {len(values)} values; they must be equally many"
+        )
     if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)) or not all(value >= 0.0 for value in values):
         raise ValueError(f"profile table of {name}: sizes must grow and values must not be negative")
     return Curve(tuple(map(float, sizes)), tuple(map(float, values)), grows)

@@ -18,7 +18,8 @@ class Lane(StrEnum):
 
 
 class Mark(NamedTuple):
-    """A point in the life of a batch on one stage: all kernels before `kernel`, and `part` of `kernel` itself, are done.
+    """A point in the life of a batch on one stage: all kernels before `kernel`, and `part` of `kernel` itself, are
+    done.
 
     Marks of one batch and stage are ordered; an event on a lane is named by the mark that it stands for.
     """
@@ -33,9 +34,9 @@ class Mark(NamedTuple):
 class Launch:
     """Kernels [first, last) of a batch, issued in order on one lane; or one fragment of one kernel.
 
-    Every launch records its mark when it ends, and waits for `waits` before it starts. `captured`: the driver may replay
-    the whole range as one graph, at the host cost of one launch. `withheld_sms` SMs are kept free of its CTAs; `max_ctas`
-    bounds the CTAs of a collective (0: the library's default).
+    Every launch records its mark when it ends, and waits for `waits` before it starts. `captured`: the driver may
+    replay the whole range as one graph, at the host cost of one launch. `withheld_sms` SMs are kept free of its CTAs;
+    `max_ctas` bounds the CTAs of a collective (0: the library's default).
     """
 
     batch_id: int

@@ -45,7 +45,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, policy: str, options: Options, profile: Profile, vectors_of: Callable[[BatchShape], tuple[FunctionVector, ...]]
+        self,
+        policy: str,
+        options: Options,
+        profile: Profile,
+        vectors_of: Callable[[BatchShape], tuple[FunctionVector, ...]],
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}; choose from: {', '.join(POLICIES)}")
@@ -154,7 +158,8 @@ class Scheduler:
         self.state = state
 
     def _behind_slot(self, launch: Launch, state: State) -> Launch:
-        """The first launch of a batch waits until the batch that had its buffers before is through (write after read)."""
+        """The first launch of a batch waits until the batch that had its buffers before is through (write after
+        read)."""
         if launch.first or (launch.fragment and launch.fragment.start):
             return launch
         slot = next(f.batch.slot for f in state.flights if f.batch.batch_id == launch.batch_id)

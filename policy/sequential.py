@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from policy.batch import Batch, State
 from policy.options import Options
 from policy.profile import Profile
@@ -11,8 +13,8 @@ from policy.round import Lane, Launch, Mark, Round
 def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
     """Issue the whole forward of the oldest batch on every stage.
 
-    Stages follow one another through their sends and receives. The host wakes before the first stage is through, so that
-    the next batch is launched behind this one without a gap.
+    Stages follow one another through their sends and receives. The host wakes before the first stage is through, so
+    that the next batch is launched behind this one without a gap.
     """
     batch = state.flights[0].batch
     launches = [
@@ -47,10 +49,7 @@ def _forward(batch: Batch, stage: int, *, capture: bool) -> list[Launch]:
     if len(batch.vectors) == 1 and capture:
         tail = len(vector) - len(vector.epilogue) - len(vector.layer)
         cuts = [0, tail, len(vector)] if 0 < tail < len(vector) else [0, len(vector)]
-        return [
-            Launch(batch.batch_id, a, b, Lane.COMPUTE, stage=stage, captured=True)
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        return [Launch(batch.batch_id, a, b, Lane.COMPUTE, stage=stage, captured=True) for a, b in pairwise(cuts)]
     launches: list[Launch] = []
     start = 0
     while start < len(vector):

@@ -12,7 +12,8 @@ SOLO_LAYERS = 2
 
 
 def issue_alone(course: Course) -> None:
-    """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor parallelism."""
+    """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor
+    parallelism."""
     flight = course.flights[0]
     goal = min(len(flight.vector), flight.cursor + SOLO_LAYERS * max(1, len(flight.vector.layer)))
     if flight.issued:

@@ -14,7 +14,8 @@ from models.kernel import Kernel
 from sim.cost import Costs, alone_us, cta_shape, memory_bandwidth, up_to_grid
 
 if TYPE_CHECKING:
-    from sim.device import Device, Entry, Running
+    from sim.device import Device, Entry
+    from sim.sms import Running
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class Course:
 
 
 class Courses:
-    """The courses of ranges, computed once per range, SMs and gap. Ranges are known by identity: they are cached slices."""
+    """The courses of ranges, computed once per range, SMs and gap. Ranges are known by identity: they are cached
+    slices."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
@@ -62,8 +64,8 @@ class Courses:
 class Express:
     """One range under way as one event."""
 
-    def __init__(self, device: Device, entry: Entry, course: Course, slots: int) -> None:
-        self.device, self.entry, self.course, self.slots = device, entry, course, slots
+    def __init__(self, device: Device, entry: Entry, course: Course) -> None:
+        self.device, self.entry, self.course = device, entry, course
         self.start_us = device.env.now
         self.done = False
         device.env.timeout(course.ends_us[-1]).callbacks.append(lambda _: self.cut())
@@ -82,7 +84,7 @@ class Express:
         first = entry.position
         entry.position += through
         comm_now = inside and entry.kernels[entry.position].is_communication
-        device.account(
+        device.sms.account(
             elapsed,
             course.compute_us[through] + (0.0 if comm_now else partial),
             course.comm_us[through] + (partial if comm_now else 0.0),
@@ -94,9 +96,7 @@ class Express:
         if entry.position == len(entry.kernels):
             device.end_of(entry)
         elif inside:
-            running = device.admit(entry)
-            device.running.append(running)
-            device.resume(running, partial)
+            device.sms.resume(device.admit(entry), partial)
         else:
             device.arrive_after(entry, course.arrives_us[through] - elapsed)
 

@@ -1,6 +1,7 @@
 """The state of one device as a value: relative to now, to the layer that each batch is in, and to nothing else.
 
-Two equal values go on in the same way, to the last bit: times are multiples of 2^-10 us, so differences of them are exact.
+Two equal values go on in the same way, to the last bit: times are multiples of 2^-10 us, so differences of them are
+exact.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import NamedTuple
 from models.kernel import Fragment, FunctionVector
 from policy.batch import Batch
 from policy.round import Lane, Launch, Mark
-from sim.device import LANES, Cohort, Device, Entry, Running
+from sim.device import LANES, Device, Entry
+from sim.sms import Cohort, Running
 
-# How many layers ahead of what a batch has done a plan looks at most, beyond those of the rounds that the host is ahead:
-# the layers of a round that is planned now, of the fill that goes with it, and one for good measure.
+# How many layers ahead of what a batch has done a plan looks at most, beyond those of the rounds that the host is
+# ahead: the layers of a round that is planned now, of the fill that goes with it, and one for good measure.
 LOOKAHEAD_LAYERS = 6
 
 
@@ -42,6 +44,8 @@ class FrozenLaunch:
 
 
 class FrozenEntry(NamedTuple):
+    """An entry of a stream; `arrives_in`: when its next kernel will want SMs, -1 if that is not set."""
+
     launch: FrozenLaunch
     gap_us: float
     position: int
@@ -51,6 +55,8 @@ class FrozenEntry(NamedTuple):
 
 
 class FrozenRunning(NamedTuple):
+    """A running kernel; cohorts as (CTAs, waves left, pace, since, until), times relative to now."""
+
     lane: Lane
     ctas_left: int
     held: int
@@ -70,6 +76,7 @@ class FrozenDevice(NamedTuple):
 
     @property
     def idle(self) -> bool:
+        """Nothing on any stream."""
         return not any(self.lanes)
 
 
@@ -77,7 +84,8 @@ IDLE = FrozenDevice(((), (), ()), (), (), (), False)
 
 
 def place_of(vector: FunctionVector, kernel: int, ahead: int) -> Place:
-    """The place of a batch whose next unfinished kernel this is; further than `ahead` layers, the end does not matter."""
+    """The place of a batch whose next unfinished kernel this is; further than `ahead` layers, the end does not
+    matter."""
     layer, _ = vector.locate(kernel)
     if layer < 0:
         return Place(0, True, min(vector.num_layers, ahead))
@@ -89,8 +97,7 @@ def place_of(vector: FunctionVector, kernel: int, ahead: int) -> Place:
 def freeze(device: Device, numbers: dict[int, int], bases: list[int]) -> FrozenDevice:
     """Take the state out. `numbers` gives every living batch its number, `bases` their bases."""
     now = device.env.now
-    if device.express is not None:
-        device.express.cut()
+    device.cut_express()
 
     def entry(e: Entry) -> FrozenEntry:
         arrives = e.arrives_us - now if e.arrives_us >= 0.0 else -1.0
@@ -108,10 +115,10 @@ def freeze(device: Device, numbers: dict[int, int], bases: list[int]) -> FrozenD
         progress[numbers[batch_id]] = (kernel - bases[numbers[batch_id]], part)
     return FrozenDevice(
         tuple(tuple(entry(e) for e in device.streams[lane]) for lane in LANES),
-        tuple(running(r) for r in device.running),
+        tuple(running(r) for r in device.sms.running),
         tuple((*where[id(e)], position) for e, position in device.communicator),
         tuple(progress),
-        device.unsettled,
+        device.sms.settling,
     )
 
 
@@ -143,7 +150,7 @@ def thaw(device: Device, frozen: FrozenDevice, batches: list[Batch], bases: list
             device.streams[lane].append(Entry(launch, 0, kernels, e.gap_us, e.position, e.started, e.blocked, arrives))
     device.communicator.extend((device.streams[lane][i], position) for lane, i, position in frozen.communicator)
     for r in frozen.running:
-        device.running.append(_thaw_running(r, device, now))
+        device.sms.running.append(_thaw_running(r, device, now))
     device.restore(unsettled=frozen.unsettled)
 
 
@@ -158,7 +165,9 @@ def _thaw_running(frozen: FrozenRunning, device: Device, now: float) -> Running:
     running = device.admit(device.streams[frozen.lane][0])
     running.ctas_left, running.held = frozen.ctas_left, frozen.held
     running.start_us = now if frozen.begun else -1.0
-    running.cohorts = [Cohort(ctas, left, pace, now - since, now + end) for ctas, left, pace, since, end in frozen.cohorts]
+    running.cohorts = [
+        Cohort(ctas, left, pace, now - since, now + end) for ctas, left, pace, since, end in frozen.cohorts
+    ]
     if running.transfer is not None:
         running.transfer.thaw(device, frozen.transfer)
     return running

@@ -9,7 +9,8 @@ import simpy
 
 from models.kernel import Kernel, Kind
 from sim.cost import DEFAULT_PATH, Costs, memory_bandwidth, up_to_grid
-from sim.device import Device, Running
+from sim.device import Device
+from sim.sms import Running
 
 PAIR_PATH = "pair"
 # Bytes that one rank puts on the wires, per byte of message and per (n-1)/n of it (ring algorithms).
@@ -17,7 +18,8 @@ _WIRE = {Kind.ALL_REDUCE: 2.0, Kind.ALL_GATHER: 1.0}
 
 
 class Transfer:
-    """One collective, or one send with its receive. Starts when every side's CTAs are resident; all sides end together."""
+    """One collective, or one send with its receive. Starts when every side's CTAs are resident; all sides end
+    together."""
 
     def __init__(self, links: Links, kernel: Kernel, sides: int, path: str, max_ctas: int) -> None:
         self.links, self.kernel, self.sides = links, kernel, sides
@@ -25,7 +27,9 @@ class Transfer:
         self.ctas = min(table.ctas, links.costs.device.num_sms)
         self.solo_us = links.costs.solo_us(kernel, 0, max_ctas, path)
         link = links.costs.node.link
-        self.bandwidth = min(link.hbm_per_byte * kernel.message_bytes / self.solo_us, memory_bandwidth(links.costs.device))
+        self.bandwidth = min(
+            link.hbm_per_byte * kernel.message_bytes / self.solo_us, memory_bandwidth(links.costs.device)
+        )
         self.root_load = 0.0 if path == PAIR_PATH else links.root_load(kernel, self.solo_us)
         self.joined: list[tuple[Device, Running]] = []
         self.started = False
@@ -43,7 +47,7 @@ class Transfer:
             self.links.add(self)
             for other, _ in self.joined:
                 if other is not device:
-                    other.unsettle()
+                    other.sms.unsettle()
 
     def set_pace(self, device: Device, pace: float) -> None:
         """How much slower than alone one side's device lets it go."""

@@ -1,9 +1,9 @@
 """What repeats is not simulated again: transitions from one decision to the next are remembered, cycles are skipped.
 
-A transition is what happens from one decision of the host to its next: it depends on the state of the device, on what the
-policy believes, and on where in their layers the batches are, all relative. Batches whose end is far behave alike, so a
-layer in the middle is simulated once. And when a state comes back while nothing can be admitted, the whole cycle is
-skipped as often as it fits. Times are on a grid on which sums are exact, so the result is the same to the last bit.
+A transition is what happens from one decision of the host to its next: it depends on the state of the device, on what
+the policy believes, and on where in their layers the batches are, all relative. Batches whose end is far behave alike,
+so a layer in the middle is simulated once. And when a state comes back while nothing can be admitted, the whole cycle
+is skipped as often as it fits. Times are on a grid on which sums are exact, so the result is the same to the last bit.
 
 For one device (one pipeline stage, symmetric ranks folded) and policies without deadlines.
 """
@@ -20,8 +20,9 @@ from policy.interleaved import rounds_ahead
 from policy.round import Mark
 from policy.window import SOLO_LAYERS
 from sim.cost import up_to_grid
-from sim.device import BusyTime, Device
+from sim.device import Device
 from sim.freeze import IDLE, LOOKAHEAD_LAYERS, FrozenDevice, Place, freeze, place_of, thaw
+from sim.sms import BusyTime
 from traces.request import Request
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ _NOBODY = Batch(_GONE, (), BatchShape(1, 1), (), 0.0)
 
 @dataclass(frozen=True, slots=True)
 class FrozenFlight:
-    """A flight with its batch by number and its cursor relative to the base; `behind`: the batch whose buffers it takes."""
+    """A flight with its batch by number and its cursor relative to the base; `behind`: the batch whose buffers it
+    takes."""
 
     batch: int
     cursor: int
@@ -58,9 +60,9 @@ class FrozenState:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a transition leads to. `survivors`: the numbers of the batches that live on, in their new order; `shifts`: how
-    far their bases move; `finished`: (number, after how long) of those that end; `issued`: those of which nothing is left
-    to issue, so that their buffers are the next batch's to wait for."""
+    """What a transition leads to. `survivors`: the numbers of the batches that live on, in their new order; `shifts`:
+    how far their bases move; `finished`: (number, after how long) of those that end; `issued`: those of which nothing
+    is left to issue, so that their buffers are the next batch's to wait for."""
 
     elapsed_us: float
     survivors: tuple[int, ...]
@@ -159,7 +161,10 @@ class Recall:
     def _go_on(self, due: float) -> None:
         """One transition, or a whole stretch of them up to the next change of the set of batches."""
         if self._stretch is None:
-            key = (self._state, *((batch.vectors[0], base) for batch, base in zip(self.batches, self.bases, strict=True)))
+            key = (
+                self._state,
+                *((batch.vectors[0], base) for batch, base in zip(self.batches, self.bases, strict=True)),
+            )
             known = self._stretches.get(key)
             if known is not None and (known.elapsed_us <= due - self.now or self._is_full):
                 self._apply(known)
@@ -188,8 +193,16 @@ class Recall:
         offset = before_us - stretch.now_us
         shifts = tuple(base - stretch.bases[j] for j, base in zip(last.survivors, self.bases, strict=True))
         finished = tuple((number, offset + after) for number, after in last.finished)
-        return Outcome(self.now - stretch.now_us, last.survivors, shifts, finished, last.issued,
-                       _difference(self.busy, stretch.busy), self.scheduler.num_rounds - stretch.rounds, last.state)  # fmt: skip
+        return Outcome(
+            self.now - stretch.now_us,
+            last.survivors,
+            shifts,
+            finished,
+            last.issued,
+            _difference(self.busy, stretch.busy),
+            self.scheduler.num_rounds - stretch.rounds,
+            last.state,
+        )
 
     def _key(self) -> tuple[Any, ...]:
         places = []
@@ -312,7 +325,7 @@ class Recall:
     def _outcome(
         self, device: Device, finished: list[tuple[int, float]], rounds: int, issued: tuple[int, ...] = ()
     ) -> Outcome:
-        device.count()
+        device.sms.count()
         ended = {number for number, _ in finished}
         survivors = tuple(j for j in range(len(self.batches)) if j not in ended)
         numbers = {self.batches[j].batch_id: new for new, j in enumerate(survivors)}
@@ -323,7 +336,7 @@ class Recall:
         self.batches, self.bases = [self.batches[j] for j in survivors], [place.base for place in places]
         state = self._intern(self._frozen_scheduler(frozen))
         self.batches, self.bases = old
-        return Outcome(device.env.now, survivors, shifts, tuple(finished), issued, device.busy, rounds, state)
+        return Outcome(device.env.now, survivors, shifts, tuple(finished), issued, device.sms.busy, rounds, state)
 
     def _place(self, batch: Batch, device: Device) -> Place:
         kernel, _ = device.progress.get(batch.batch_id, (0, 0.0))
@@ -379,7 +392,6 @@ class Recall:
             for marks in frozen.held
         )
         return State(flights, frozen.compute, frozen.comm, held)
-
 
 
 def _add(total: BusyTime, part: BusyTime, times: int) -> None:

@@ -38,7 +38,11 @@ class Simulation:
     """One run on one node. `progress(n)` is told of every n finished requests."""
 
     def __init__(
-        self, node: NodeSpec, layout: Layout, scheduler: Scheduler, fidelity: Fidelity = Fidelity(),
+        self,
+        node: NodeSpec,
+        layout: Layout,
+        scheduler: Scheduler,
+        fidelity: Fidelity = Fidelity(),
         progress: Callable[[int], object] = lambda finished: None,
     ) -> None:
         if layout.num_ranks > node.num_gpus:
@@ -75,7 +79,7 @@ class Simulation:
         if self._may_recall:
             recall = Recall(self)
             recall.run(requests)
-            self.devices[0].busy = recall.busy
+            self.devices[0].sms.busy = recall.busy
         else:
             self.env.process(self._decide(requests))
             for number in range(1, len(self.devices)):
@@ -85,10 +89,10 @@ class Simulation:
             raise RuntimeError(f"the simulation stopped with {len(requests) - len(timeline.completions)} requests open")
         folded = self.layout.num_ranks // len(self.devices)
         for device in self.devices:
-            timeline.compute_us += device.busy.compute_us * folded
-            timeline.communication_us += device.busy.communication_us * folded
-            timeline.overlap_us += device.busy.overlap_us * folded
-            timeline.num_kernels += device.busy.kernels * folded
+            timeline.compute_us += device.sms.busy.compute_us * folded
+            timeline.communication_us += device.sms.busy.communication_us * folded
+            timeline.overlap_us += device.sms.busy.overlap_us * folded
+            timeline.num_kernels += device.sms.busy.kernels * folded
             timeline.spans += device.spans
         timeline.num_rounds, timeline.num_batches = self.scheduler.num_rounds, self.scheduler.num_batches
         timeline.start_us = requests[0].arrival_us if requests else 0.0
@@ -97,7 +101,8 @@ class Simulation:
 
     @property
     def _may_recall(self) -> bool:
-        """Deadlines make decisions depend on absolute time, spans must all be written, several devices have several hosts."""
+        """Deadlines make decisions depend on absolute time, spans must all be written, several devices have several
+        hosts."""
         plain = not self.fidelity.exact and not self.fidelity.record
         return plain and len(self.devices) == 1 and self.scheduler.options.slo_us == float("inf")
 

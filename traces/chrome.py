@@ -90,7 +90,8 @@ def write_chrome_trace(timeline: Timeline, path: Path | str) -> list[Path]:
         target = path if timeline.num_ranks == 1 else path.with_name(name)
         spans = [span for span in timeline.spans if span.rank == rank]
         document = _document(spans, streams, rank, timeline.num_ranks)
-        text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+        # HTA finds a file's rank by a text search for `"rank": 0`, with the space.
+        text = json.dumps(document, separators=(",", ": "), allow_nan=False).encode()
         write_whole(target, _gzip(text) if suffix.endswith(".gz") else text)
         written.append(target)
     return written

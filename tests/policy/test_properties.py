@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -85,7 +86,9 @@ def issued_once_in_order(rounds: list[Round], lengths: dict[int, int]) -> None:
         begins = (launch.first, Fraction(part.start, part.of) if part else Fraction(0))
         assert at[launch.batch_id] == begins
         whole = part is None or part.stop == part.of
-        at[launch.batch_id] = (launch.last, Fraction(0)) if whole or part is None else (launch.first, Fraction(part.stop, part.of))
+        at[launch.batch_id] = (
+            (launch.last, Fraction(0)) if whole or part is None else (launch.first, Fraction(part.stop, part.of))
+        )
     assert {batch: at[batch] for batch in lengths} == {batch: (n, Fraction(0)) for batch, n in lengths.items()}
 
 
@@ -113,7 +116,7 @@ def runs_once_in_order(timeline: Timeline, lengths: dict[int, int]) -> None:
         by_batch[span.rank, span.batch_id].append(span)
     for (_, batch), spans in by_batch.items():
         assert sorted({span.kernel_index for span in spans}) == list(range(lengths[batch]))
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in pairwise(spans):
             assert before.end_us <= after.start_us + 1e-9
             assert before.kernel_index <= after.kernel_index
 

@@ -12,8 +12,8 @@ from policy.options import Options
 from policy.round import Lane, Launch
 from policy.scheduler import Scheduler
 from sim.believe import profile_of
-from sim.device import _fair_share
 from sim.simulate import Fidelity, Simulation
+from sim.sms import fair_share
 from sim.spec import load_node
 from tests.worlds import BYTES_PER_US, World, alone, changed, comm, compute, ideal_node
 from traces.arrivals import poisson
@@ -48,7 +48,8 @@ def test_two_stage_pipeline_takes_its_length_once_and_then_its_slowest_stage_eac
         FunctionVector((comm(10.0, 2), compute(second)), ()),
     )
     send, receive = (
-        tuple(_as(kernel, kind) for kernel in stage.kernels) for stage, kind in zip(stages, ("send", "recv"), strict=True)
+        tuple(_as(kernel, kind) for kernel in stage.kernels)
+        for stage, kind in zip(stages, ("send", "recv"), strict=True)
     )
     vectors = (FunctionVector(send), FunctionVector(receive))
     world = World("pipeline", ideal_node(), [vectors], alone(depth=4), layout=Layout(1, 2))
@@ -124,8 +125,8 @@ def test_the_published_contention_factor_refuses_a_fill_as_long_as_its_window() 
 def test_a_collective_waits_for_sms(priority: bool, withheld: int, start_us: float) -> None:
     """It comes at 50 us, in the first of two waves of 100 us that fill every SM they may use.
 
-    CTAs are never preempted: with priority it waits for the wave, without for the whole kernel to be on the SMs, and not
-    at all where SMs are withheld for it.
+    CTAs are never preempted: with priority it waits for the wave, without for the whole kernel to be on the SMs, and
+    not at all where SMs are withheld for it.
     """
     slots = 100 - withheld
     big = Kernel("big", Kind.ATTENTION, flops=2 * 100.0 * 1e4 * slots, num_ctas=2 * slots)
@@ -142,9 +143,9 @@ def test_a_collective_waits_for_sms(priority: bool, withheld: int, start_us: flo
 
 def test_memory_is_shared_fairly() -> None:
     """Two kernels that each want all of the memory's bandwidth take twice as long side by side."""
-    assert _fair_share([10.0, 10.0], 10.0) == 5.0
-    assert _fair_share([2.0, 10.0], 10.0) == 8.0
-    assert _fair_share([2.0, 3.0], 10.0) == float("inf")
+    assert fair_share([10.0, 10.0], 10.0) == 5.0
+    assert fair_share([2.0, 10.0], 10.0) == 8.0
+    assert fair_share([2.0, 3.0], 10.0) == float("inf")
 
 
 def test_flows_share_the_root_that_they_cross() -> None:
@@ -164,7 +165,6 @@ def _renamed(vector: FunctionVector, kind: str, index: int) -> FunctionVector:
     return FunctionVector(tuple(kernels))
 
 
-
 @pytest.mark.parametrize("policy", ["tensor", "pipeline", "hybrid", "interleaved", "liger-artifact"])
 @pytest.mark.parametrize("node_name", ["a100-pcie-x4", "h200-nvlink-x4"])
 def test_folding_and_skipping_change_nothing(policy: str, node_name: str) -> None:
@@ -173,7 +173,9 @@ def test_folding_and_skipping_change_nothing(policy: str, node_name: str) -> Non
     layout = {"pipeline": Layout(1, 4), "hybrid": Layout(2, 2)}.get(policy, Layout(4, 1))
     rng = np.random.default_rng(5)
     arrivals = np.cumsum(rng.exponential(8e3, 24))
-    requests = [Request(i, float(t), int(n)) for i, (t, n) in enumerate(zip(arrivals, rng.integers(16, 129, 24), strict=True))]
+    requests = [
+        Request(i, float(t), int(n)) for i, (t, n) in enumerate(zip(arrivals, rng.integers(16, 129, 24), strict=True))
+    ]
 
     def outcome(fidelity: Fidelity) -> tuple[object, ...]:
         scheduler = Scheduler(

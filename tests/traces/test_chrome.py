@@ -67,6 +67,8 @@ def test_each_rank_has_a_file_that_hta_can_tell_apart(tmp_path: Path) -> None:
     for rank, path in enumerate(written):
         document = load(path)
         assert document["distributedInfo"]["rank"] == rank
+        # HTA looks for the rank in the text, with a space; without it every file counts as rank 0.
+        assert re.findall(r'"rank":\s+(\d+)', gzip.decompress(path.read_bytes()).decode()) == [str(rank)]
         kernels = [event for event in document["traceEvents"] if event["ph"] == "X"]
         assert all(event["cat"] == "kernel" and isinstance(event["args"]["stream"], int) for event in kernels)
         assert {event["pid"] for event in kernels} == {rank}

@@ -76,6 +76,14 @@ def test_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "output" not in text
 
 
+def test_a_lone_request_beside_a_crowd_still_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("0,5\n" * 500 + "64,5\n")
+    run(file)
+    (sparkline,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  |")]
+    assert sparkline.strip() == "|█" + " " * 62 + "▁|"
+
+
 def test_plot_is_a_whole_png_and_refuses_other_names(trace_file: Path, tmp_path: Path) -> None:
     picture = tmp_path / "t.png"
     run(trace_file, "--plot", picture)
