@@ -28,7 +28,8 @@ class Profile:
 
     `solo_us(kernel, withheld_sms, max_ctas)`: duration alone, microseconds. `contention(compute, comm, withheld_sms,
     max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
-    compute and for the CTAs of collectives (0: the library's default). `launch_us` is the host's price of one launch.
+    compute and for the CTAs of collectives (0: the library's default, `default_ctas`). `launch_us` is the host's price of
+    one launch.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Profile:
     contention: Callable[[Kernel, Kernel, int, int], Contention]
     partitions: tuple[int, ...] = (0,)
     ctas: tuple[int, ...] = (0,)
+    default_ctas: int = 0
     launch_us: float = 0.0
 
     def __post_init__(self) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 from models.kernel import Kernel, Kind
 from policy.profile import Contention, Profile
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,10 @@ class Table:
     def solo_us(self, kernel: Kernel, withheld_sms: int, max_ctas: int) -> float:
         """Duration alone. What was not measured under this partition or CTA count is as it is without."""
         if kernel.is_communication:
-            return self._either(self.comms, kernel.kind.value, max_ctas).at(kernel.message_bytes)
+            return self._found(self.comms, kernel.kind.value, max_ctas).at(kernel.message_bytes)
         if kernel.kind is Kind.GEMM:
-            return self._either(self.gemms, kernel.name, withheld_sms).at(kernel.rows, kernel.cols)
-        return self._either(self.others, kernel.name, withheld_sms).at(kernel.bytes_moved)
+            return self._found(self.gemms, kernel.name, withheld_sms).at(kernel.rows, kernel.cols)
+        return self._found(self.others, kernel.name, withheld_sms).at(kernel.bytes_moved)
 
     def contention(self, compute: Kernel, comm: Kernel, withheld_sms: int, max_ctas: int) -> Contention:
         """The pair: slowdowns by the compute kernel's kind and rows, as measured beside an all-reduce."""
@@ -76,7 +79,7 @@ class Table:
         rows = compute.rows
         return Contention(max(1.0, self.compute_slow[key].at(rows)), max(1.0, self.comm_slow[key].at(rows)))
 
-    def _either(self, table: dict[tuple[str, int], Any], name: str, variant: int) -> Any:
+    def _found(self, table: dict[tuple[str, int], T], name: str, variant: int) -> T:
         found = table.get((name, variant)) or table.get((name, 0))
         if found is None:
             raise ValueError(f"profile {self.name} has no durations of {name}")
@@ -122,6 +125,6 @@ def _checked(sizes: Sequence[float], values: Sequence[float], name: str, grows: 
         raise ValueError(
             f"profile table of {name}: {len(sizes)} sizes and {len(values)} values; they must be equally many"
         )
-    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)) or not all(value >= 0.0 for value in values):
+    if any(a >= b for a, b in pairwise(sizes)) or not all(value >= 0.0 for value in values):
         raise ValueError(f"profile table of {name}: sizes must grow and values must not be negative")
     return Curve(tuple(map(float, sizes)), tuple(map(float, values)), grows)

@@ -16,7 +16,7 @@ from policy.window import fill_window, issue_alone
 ROLLOUT_LAYERS = 4
 # Overlap must beat one batch at a time by this much in belief, so that a tie costs nobody anything.
 WORTH_IT = 1.01
-# Regimes this close in throughput are equal; then the one that is kindest to the oldest batch is taken.
+# Regimes this close are equal: in throughput first, then in kindness to the oldest batch, then the first one named.
 TIE = 1.005
 
 SERIAL = Regime(overlap=False)
@@ -38,11 +38,13 @@ def choose_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
     """
     if len(vectors) < 2:
         return SERIAL
-    partitions = profile.partitions if options.partition < 0 else (options.partition,)
     ctas = profile.ctas if options.comm_ctas < 0 else (options.comm_ctas,)
-    best = Regime(split=options.decomposition != "off")
+    best = Regime(overrun=1.0, split=options.decomposition != "off")
     best = _best_of(
-        [replace(best, withheld_sms=p, max_ctas=c) for p in partitions for c in ctas], vectors, options, profile
+        [replace(best, withheld_sms=p, max_ctas=c) for c in ctas for p in _partitions(c, options, profile)],
+        vectors,
+        options,
+        profile,
     )
     best = _best_of([replace(best, overrun=share) for share in (0.0, 0.25, 0.5, 1.0)], vectors, options, profile)
     if best.split:
@@ -55,13 +57,25 @@ def choose_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
     return best
 
 
+def _partitions(ctas: int, options: Options, profile: Profile) -> list[int]:
+    """Partitions to compare; of equal ones the first is taken: the smallest in which the collective finds its SMs free.
+
+    Where withholding them costs nothing in belief, it still spares the collective waits that belief averages away.
+    """
+    if options.partition >= 0:
+        return [options.partition]
+    needed = ctas or profile.default_ctas
+    return sorted(profile.partitions, key=lambda p: (p < needed, p if p >= needed else -p))
+
+
 def _best_of(
     candidates: list[Regime], vectors: tuple[FunctionVector, ...], options: Options, profile: Profile
 ) -> Regime:
     scored = [roll(vectors, regime, options, profile) for regime in candidates]
     fastest = min(rollout.total_us for rollout in scored)
-    close = [(r.oldest_us, number) for number, r in enumerate(scored) if r.total_us <= fastest * TIE]
-    return candidates[min(close)[1]]
+    close = [number for number, r in enumerate(scored) if r.total_us <= fastest * TIE]
+    kindest = min(scored[number].oldest_us for number in close)
+    return next(candidates[number] for number in close if scored[number].oldest_us <= kindest * TIE)
 
 
 @lru_cache(maxsize=65536)

@@ -1,11 +1,21 @@
-"""What a policy may believe of a simulated node: solo durations and pair slowdowns, from the node's own parameters."""
+"""What a policy may believe of a simulated node: what measuring it would show, alone and in pairs."""
 
 from __future__ import annotations
 
-from models.kernel import Kernel, Kind
+import simpy
+
+from models.kernel import Kernel
+from models.transformer import Layout
 from policy.profile import Contention, Profile
-from sim.cost import Costs, cta_shape, memory_bandwidth
+from policy.round import Lane, Launch
+from sim.cost import Costs
+from sim.device import Device
+from sim.link import Links, Transfer
+from sim.sms import Running
 from sim.spec import NodeSpec
+
+# A pair is measured over as many compute kernels as the collective lasts, within reason.
+MAX_PAIR_KERNELS = 12
 
 
 def profile_of(node: NodeSpec, error: float = 1.0) -> Profile:
@@ -18,44 +28,52 @@ def profile_of(node: NodeSpec, error: float = 1.0) -> Profile:
         return (own + gap) * (error if kernel.is_communication else 1.0)
 
     def contention(compute: Kernel, comm: Kernel, withheld_sms: int, max_ctas: int) -> Contention:
-        return pair_contention(costs, compute, comm, withheld_sms, max_ctas)
+        return measure_pair(costs, compute, comm, withheld_sms, max_ctas)
 
     ctas = {t.ctas for t in node.link.tables if t.op == "all_reduce"}
     default = max(ctas, default=0)
     return Profile(
-        node.name, solo_us, contention, node.link.partitions, (0, *sorted(ctas - {default})),
+        node.name,
+        solo_us,
+        contention,
+        node.link.partitions,
+        (0, *sorted(ctas - {default})),
+        default,
         launch_us=node.host.launch_us,
-    )  # fmt: skip
-
-
-def pair_contention(costs: Costs, compute: Kernel, comm: Kernel, withheld_sms: int, max_ctas: int) -> Contention:
-    """How a compute and a communication kernel slow each other down: SMs taken, memory shared, and the rest.
-
-    A collective that arrives in the middle of a wave waits half a wave on average, unless SMs are withheld for it.
-    """
-    node, device = costs.node, costs.device
-    ctas = min(costs.ctas_of(comm, max_ctas), device.num_sms - 1)
-    shape = cta_shape(compute, device)
-    given = device.num_sms - withheld_sms
-    left = min(given, device.num_sms - ctas)
-    alone = costs.solo_us(compute, withheld_sms)
-    squeezed = costs.solo_us(compute, device.num_sms - left)
-    bandwidth = memory_bandwidth(device)
-    comm_solo = costs.solo_us(comm, 0, max_ctas)
-    wanted = min(node.link.hbm_per_byte * comm.message_bytes / comm_solo, bandwidth)
-    drawn = min(bandwidth, min(left, shape.num_ctas) * shape.cta_bytes / shape.cta_us)
-    crowded = max(1.0, (drawn + wanted) / bandwidth)
-    by_kind = {
-        Kind.GEMM: node.contention.gemm_by_comm,
-        Kind.ATTENTION: node.contention.attention_by_comm,
-        Kind.ELEMENTWISE: node.contention.elementwise_by_comm,
-    }
-    # Memory is shared max-min: whoever draws less than half is not slowed by the other.
-    compute_share = crowded if drawn > bandwidth / 2 else 1.0
-    comm_share = crowded if wanted > bandwidth / 2 else 1.0
-    wait = 0.0 if withheld_sms >= ctas else min(shape.cta_us, alone) / 2
-    return Contention(
-        max(1.0, squeezed / alone) * compute_share * by_kind[compute.kind],
-        comm_share * node.contention.comm_by_compute,
-        wait,
     )
+
+
+def measure_pair(costs: Costs, compute: Kernel, comm: Kernel, withheld_sms: int, max_ctas: int) -> Contention:
+    """Run the kernel again and again on a simulated device, let the collective in during the first one, and look.
+
+    The collective's wait is from then until all its CTAs are on SMs; slowdowns are over the time both run.
+    """
+    solo = costs.solo_us(compute, withheld_sms)
+    comm_solo = costs.solo_us(comm, 0, max_ctas)
+    comes = solo / 2
+    count = min(MAX_PAIR_KERNELS, 2 + int(2 * comm_solo / solo))
+    device, transfers = _bench(costs)
+    device.issue(Launch(0, 0, count, Lane.COMPUTE, withheld_sms=withheld_sms), (compute,) * count, 0)
+    late = Launch(1, 0, 1, Lane.COMM, max_ctas=max_ctas)
+    device.env.timeout(comes).callbacks.append(lambda _: device.issue(late, (comm,), 0))
+    device.env.run()
+    begin, end = transfers[0].started_us, next(s.end_us for s in device.spans if s.is_communication)
+    wait = max(0.0, begin - comes - costs.device.kernel_gap_us)
+    # What the kernels took beyond their time alone is what the collective cost them while it ran.
+    lost = sum(s.end_us - s.start_us - solo for s in device.spans if not s.is_communication)
+    slowed = 1.0 / max(0.05, 1.0 - lost / (end - begin))
+    return Contention(max(1.0, slowed), max(1.0, (end - begin) / comm_solo), wait)
+
+
+def _bench(costs: Costs) -> tuple[Device, list[Transfer]]:
+    """A device of its own, and the list that will hold its transfers."""
+    env, transfers = simpy.Environment(), list[Transfer]()
+    links = Links(env, costs, Layout().tp, folded=True)
+    device = Device(env, 0, costs, priority=True, record=True)
+
+    def join(device: Device, running: Running) -> Transfer:
+        transfers.append(links.join(device, running))
+        return transfers[-1]
+
+    device.join = join
+    return device, transfers

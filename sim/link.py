@@ -33,6 +33,7 @@ class Transfer:
         self.root_load = 0.0 if path == PAIR_PATH else links.root_load(kernel, self.solo_us)
         self.joined: list[tuple[Device, Running]] = []
         self.started = False
+        self.started_us = 0.0
         self._resident = 0
         self._paces: dict[int, float] = {}
         self._share = 1.0
@@ -43,7 +44,7 @@ class Transfer:
         self._resident += 1
         if self._resident == self.sides:
             self.started = True
-            self._since = device.env.now
+            self.started_us = self._since = device.env.now
             self.links.add(self)
             for other, _ in self.joined:
                 if other is not device:

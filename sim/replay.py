@@ -24,7 +24,8 @@ class Replayed:
 
 def planned(scheduler: Scheduler, requests: Sequence[Request], log: Sequence[Admission]) -> tuple[Round, ...]:
     """The rounds alone: no device, no time but the log's own. The scheduler must be fresh."""
-    source, rounds = _Log(requests, log), []
+    source = _Log(requests, log)
+    rounds: list[Round] = []
     while True:
         scheduler.enter(source.due(scheduler), source.now_us)
         round_ = scheduler.next_round(source.now_us)
