@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from models.kernel import Fragment, Kernel
 from policy.batch import on_grid
@@ -28,8 +29,8 @@ class Profile:
 
     `solo_us(kernel, withheld_sms, max_ctas)`: duration alone, microseconds. `contention(compute, comm, withheld_sms,
     max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
-    compute and for the CTAs of collectives (0: the library's default, `default_ctas`). `launch_us` is the host's price of
-    one launch.
+    compute and for the CTAs of collectives (0: the library's default, `default_ctas`). `launch_us` is the host's price
+    of one launch.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Profile:
     ctas: tuple[int, ...] = (0,)
     default_ctas: int = 0
     launch_us: float = 0.0
+    # What policies have worked out from this profile; it goes when the profile goes.
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         # Kernels recur at every layer and every round; the same question must not be computed again.

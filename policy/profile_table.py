@@ -95,7 +95,7 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
     table = Table(data)
     return Profile(
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
-        float(_need(data, "launch_us")),
+        launch_us=float(_need(data, "launch_us")),
     )  # fmt: skip
 
 

@@ -30,8 +30,16 @@ class Rollout:
     oldest_us: float
 
 
-@lru_cache(maxsize=65536)
 def choose_regime(vectors: tuple[FunctionVector, ...], options: Options, profile: Profile) -> Regime:
+    """The best believed way to run these shapes together; worked out once per mix."""
+    key = (vectors, options)
+    regime: Regime | None = profile.memo.get(key)
+    if regime is None:
+        regime = profile.memo[key] = search_regime(vectors, options, profile)
+    return regime
+
+
+def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile: Profile) -> Regime:
     """The best believed way to run these shapes together: one batch at a time, or an overlapping regime.
 
     The regime's coordinates are searched one after the other, the SM partition and CTAs (which matter most) together.
@@ -78,7 +86,6 @@ def _best_of(
     return next(candidates[number] for number in close if scored[number].oldest_us <= kindest * TIE)
 
 
-@lru_cache(maxsize=65536)
 def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, profile: Profile) -> Rollout:
     """Run the first layers of these vectors in belief, under one regime."""
     state = State(tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors)))
@@ -101,7 +108,7 @@ def _stand_in(number: int, vector: FunctionVector) -> Batch:
     return Batch(number, (), BatchShape(1, 1), (_shortened(vector),), 0.0)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _shortened(vector: FunctionVector) -> FunctionVector:
     """The first layers of a vector; all of it if nothing in it repeats."""
     if vector.num_layers <= ROLLOUT_LAYERS:
