@@ -28,8 +28,9 @@ from traces.request import Request
 if TYPE_CHECKING:
     from sim.simulate import Simulation
 
-# States are dropped all at once when there are this many; they are found again soon.
-MAX_STATES = 200_000
+# What is remembered is dropped all at once when it is this much (some hundred MB); what matters is found again soon.
+MAX_STATES = 20_000
+MAX_TRANSITIONS = 100_000
 NEVER = float("inf")
 _GONE, _NO_BATCH = -1, -2
 _REACHED = Mark(_GONE, 0, 0.0)
@@ -160,6 +161,8 @@ class Recall:
 
     def _go_on(self, due: float) -> None:
         """One transition, or a whole stretch of them up to the next change of the set of batches."""
+        if len(self._states) > MAX_STATES or len(self._outcomes) + len(self._stretches) > MAX_TRANSITIONS:
+            self._forget()
         if self._stretch is None:
             key = (
                 self._state,
@@ -344,16 +347,18 @@ class Recall:
 
     # -- the policy's state -----------------------------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        """Drop what is remembered, except where we are."""
+        present = self._states[self._state]
+        for memory in (self._numbers, self._outcomes, self._stretches, self._visits):
+            memory.clear()
+        self._states.clear()
+        self._stretch = None
+        self._state = self._intern(present)
+
     def _intern(self, state: FrozenState) -> int:
         number = self._numbers.get(state)
         if number is None:
-            if len(self._states) >= MAX_STATES:
-                self._numbers.clear()
-                self._outcomes.clear()
-                self._stretches.clear()
-                self._visits.clear()
-                self._stretch = None
-                self._states.clear()
             number = self._numbers[state] = len(self._states)
             self._states.append(state)
         return number

@@ -188,3 +188,16 @@ def test_folding_and_skipping_change_nothing(policy: str, node_name: str) -> Non
         return ends, busy, timeline.num_rounds
 
     assert outcome(Fidelity()) == outcome(Fidelity(exact=True))
+
+
+def test_forgetting_what_was_remembered_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by dropping what is known; the result does not depend on when."""
+
+    def run() -> list[tuple[float, float]]:
+        world = World("interleaved", ideal_node(), [layers(40.0, 30.0, 6), layers(25.0, 45.0, 9)], alone())
+        timeline = world.run(poisson(60, 2500.0, np.random.default_rng(2)).tolist(), Fidelity())
+        return [(c.admitted_us, c.finished_us) for c in timeline.completions]
+
+    remembered = run()
+    monkeypatch.setattr("sim.recall.MAX_TRANSITIONS", 7)
+    assert run() == remembered
