@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
 DTYPES = ("F64", "F32", "F16", "BF16")
 
-# Inside a layer, then outside; a name with two spellings before it depends on the family.
+# Our name -> Hugging Face's, without what stands before it and without .weight or .bias.
 _OPT = {
     "attn_norm": "self_attn_layer_norm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "out": "self_attn.out_proj", "ffn_norm": "final_layer_norm", "up": "fc1", "down": "fc2",
@@ -48,10 +48,10 @@ def load_checkpoint(
     Raises ValueError naming the file, the tensor, what was found and what was expected.
     """
     raw = _read_json(folder / "config.json")
-    traits = default_traits(config) if "family" in raw else _traits(raw, config, folder / "config.json")
+    own = "family" in raw
+    traits = default_traits(config) if own else _traits(raw, config, folder / "config.json")
     with ExitStack() as stack:
         files = _open_all(folder, stack)
-        own = "family" in raw
         source = _Source(folder, config, files, torch.device(device), dtype, _style(folder, config, files, own))
         tied = source.find("lm_head.weight") is None
         if tied and raw.get("tie_word_embeddings") is False:
@@ -90,16 +90,26 @@ def _traits(raw: dict[str, Any], config: ModelConfig, path: Path) -> Traits:
     biased: set[str] = set("qkv") if kind == "qwen2" else set()
     biased |= {"q", "k", "v", "out"} if raw.get("attention_bias") else set()
     biased |= {"gate", "up", "down"} if raw.get("mlp_bias") else set()
-    return Traits(float(raw.get("rms_norm_eps", 1e-6)), _rope_theta(raw, path), frozenset(biased))
+    return Traits(
+        _positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), path), _rope_theta(raw, path), frozenset(biased)
+    )
 
 
 def _rope_theta(raw: dict[str, Any], path: Path) -> float:
     """The base of the rotary angles; scaled variants (long-context Llama 3.1, YaRN) are refused."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters is {rope!r}; it must be a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{path}: rotary positions are of type {kind!r}; only unscaled, full ones are supported")
-    return float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    return _positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)), path)
+
+
+def _positive(name: str, value: object, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{path}: {name} is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def _open_all(folder: Path, stack: ExitStack) -> dict[str, Any]:

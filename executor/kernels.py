@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -158,12 +159,17 @@ def _activation(b: _Binding, layer: int) -> ComputeKernel:
     """ReLU; or SiLU or (exact) GELU of the gate half, times the up half."""
     act, width = b.buffers.act, b.buffers.act.shape[1]
     gate, up = b.buffers.ffn[:, :width], b.buffers.ffn[:, width:]
-    # The public functions of these two take no out=; the operators beneath them do.
-    curve = {"opt": torch.ops.aten.relu.out, "llama": torch.ops.aten.silu.out, "glm": torch.ops.aten.gelu.out}
-    apply, is_gated = curve[b.config.family], b.config.gated
+    # Operators, because the public functions of two of them take no out=; and relu's own out= would allocate.
+    ops = torch.ops.aten
+    curves: dict[str, Callable[[], object]] = {
+        "opt": partial(ops.clamp_min.out, gate, 0, out=act),
+        "llama": partial(ops.silu.out, gate, out=act),
+        "glm": partial(ops.gelu.out, gate, out=act),
+    }
+    apply, is_gated = curves[b.config.family], b.config.gated
 
     def body() -> None:
-        apply(gate, out=act)
+        apply()
         if is_gated:
             act.mul_(up)
 

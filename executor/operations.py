@@ -55,6 +55,11 @@ class Gemm:
             None: (x, linear.weight.t(), linear.bias, out)
         }
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, output features and input features: a GEMM's m, n, k."""
+        return self._out.shape[0], self._out.shape[1], self._x.shape[1]
+
     def __call__(self, fragment: Fragment | None = None) -> None:
         """Rows computes rows [low, high) of the output, cols its features [low, high)."""
         piece = self._pieces.get(fragment)

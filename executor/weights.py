@@ -42,11 +42,8 @@ MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
 
 def default_traits(config: ModelConfig) -> Traits:
     """The family's usual constants: OPT and GLM have biases everywhere, Llama nowhere; the head is tied."""
-    return Traits(
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        biased=frozenset() if config.family == "llama" else frozenset(MATRICES),
-    )
+    biased: frozenset[str] = frozenset() if config.family == "llama" else frozenset(MATRICES)
+    return Traits(norm_eps=1e-5, rope_theta=10000.0, biased=biased)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ def assemble(config: ModelConfig, layout: Layout, rank: int, source: Source, tra
         traits=traits,
         layers=layers,
         embedding=embedding,
-        positions=shard.positions() if first and config.family == "opt" and shard.is_first else None,
+        positions=shard.positions() if first and config.family == "opt" and shard.place == 0 else None,
         final_norm=shard.norm("final_norm", None) if last else None,
         lm_head=(embedding if traits.tied else shard.vocabulary("lm_head")) if last else None,
         rotary=_rotary(config, traits, layers[0].qkv.weight) if config.family != "opt" else None,
@@ -173,13 +170,9 @@ class _Shard:
     source: Source
     traits: Traits
 
-    @property
-    def is_first(self) -> bool:
-        return self.place == 0
-
     def layer(self, index: int) -> LayerWeights:
         config = self.config
-        fc1 = ["gate", "up"] if config.gated else ["up"]
+        fc1 = ("gate", "up") if config.gated else ("up",)
         return LayerWeights(
             attn_norm=self.norm("attn_norm", index),
             qkv=_stack([self._columns(name, index) for name in ("q", "k", "v")]),
@@ -192,9 +185,9 @@ class _Shard:
     def norm(self, name: str, layer: int | None) -> Norm:
         hidden = self.config.hidden_size
         weight = self.source(Wanted(name, (hidden,), 0, hidden, layer=layer))
-        if self.config.family == "llama":
-            return Norm(weight, None)
-        return Norm(weight, self.source(Wanted(name, (hidden,), 0, hidden, layer=layer, is_bias=True)))
+        is_rms = self.config.family == "llama"
+        bias = None if is_rms else self.source(Wanted(name, (hidden,), 0, hidden, layer=layer, is_bias=True))
+        return Norm(weight, bias)
 
     def vocabulary(self, name: str) -> torch.Tensor:
         rows, part = self.config.vocab_size, self.config.vocab_size // self.tp
@@ -224,7 +217,7 @@ class _Shard:
         hidden, part = self.config.hidden_size, inner // self.tp
         low = self.place * part
         weight = self.source(Wanted(name, (hidden, inner), low, low + part, axis=1, layer=layer, units=units))
-        if name not in self.traits.biased or not self.is_first:
+        if name not in self.traits.biased or self.place > 0:
             return Linear(weight, None)
         return Linear(weight, self.source(Wanted(name, (hidden,), 0, hidden, layer=layer, is_bias=True)))
 

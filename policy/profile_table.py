@@ -90,7 +90,8 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
     """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas, launch_us.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
-    us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow.
+    us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow. default_ctas:
+    how many CTAs a collective takes by itself, 0 where nobody knows.
     """
     table = Table(data)
     return Profile(

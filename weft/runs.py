@@ -1,4 +1,4 @@
-"""One simulated run from start to end: what is asked for, what comes out. Everything above (commands, notebooks) uses this."""
+"""One simulated run from start to end: what is asked for, what comes out. Commands and notebooks build on this."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from models.config import ModelConfig, load_model
+from models.kernel import Kind
 from models.transformer import BatchShape, Layout, function_vector
-from policy.options import Options
+from policy.options import OPTION_NAMES, Options
 from policy.profile import Profile
 from policy.scheduler import POLICIES, Scheduler
 from sim.believe import profile_of
 from sim.simulate import Fidelity, Simulation
 from sim.spec import NodeSpec, load_node
+from traces.arrivals import US_PER_S
 from traces.lengths import parse_lengths
 from traces.metrics import metrics
 from traces.reader import read_trace
 from traces.request import Request
 from traces.synthetic import SyntheticSpec, synthetic_trace
-from traces.timeline import Timeline
+from traces.timeline import Span, Timeline
+from traces.trace import Trace
 from traces.transform import limit, scale_rate
 
 DatasetName = Literal["random", "auto", "azure", "mooncake", "burstgpt", "csv"]
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is simulated. `tp` and `pp` 0: the policy's own layout. `request_rate` in requests per second.
+    """What is simulated. `tp` and `pp` 0: the policy's own layout. `request_rate` in requests per second, inf: at once.
 
     `dataset_name` random: `num_prompts` arrivals at `request_rate` with lengths `input_len`. Otherwise a trace file, of
     which the first `num_prompts` requests are taken (0: all) and whose rate is scaled to `request_rate` (0: kept).
@@ -77,13 +81,16 @@ def layout_of(policy: str, num_gpus: int, tp: int = 0, pp: int = 0) -> Layout:
     Tensor parallelism, and what interleaves it, spans all GPUs; pipeline has a stage per GPU; hybrid two ranks a stage.
     """
     if policy == "pipeline":
-        layout = Layout(tp or 1, pp or num_gpus // (tp or 1))
+        layout = Layout(tp or 1, pp or max(1, num_gpus // (tp or 1)))
     elif policy == "hybrid":
-        layout = Layout(tp or (num_gpus // pp if pp else min(2, num_gpus)), pp or num_gpus // (tp or min(2, num_gpus)))
+        tp = tp or (max(1, num_gpus // pp) if pp else min(2, num_gpus))
+        layout = Layout(tp, pp or max(1, num_gpus // tp))
     else:
         layout = Layout(tp or num_gpus, pp or 1)
     if policy in ("tensor", "interleaved", "liger-artifact") and layout.pp != 1:
         raise ValueError(f"policy {policy} runs on one stage, but {layout.pp} pipeline stages are asked for")
+    if layout.num_ranks > num_gpus:
+        raise ValueError(f"TP{layout.tp} x PP{layout.pp} needs {layout.num_ranks} GPUs, but there are {num_gpus}")
     return layout
 
 
@@ -93,17 +100,30 @@ def options_for(policy: str, layout: Layout, options: Options) -> Options:
 
 
 def make_requests(config: RunConfig) -> tuple[Request, ...]:
-    """The requests of a run: drawn by seed, or read from a trace."""
+    """The requests of a run: drawn by seed, or read from a trace.
+
+    As `vllm bench serve` does, the gaps that were drawn are scaled so that the run has exactly the rate asked for.
+    """
     if config.dataset_name == "random":
-        spec = SyntheticSpec(config.num_prompts, config.request_rate, config.burstiness, parse_lengths(config.input_len))
-        return synthetic_trace(spec, config.seed).requests
-    trace = read_trace(config.dataset_path, config.dataset_name)
-    if config.num_prompts:
-        trace = limit(trace, config.num_prompts)
-    span_s = trace.requests[-1].arrival_us / 1e6
-    if config.request_rate and span_s > 0.0:
-        trace = scale_rate(trace, config.request_rate * span_s / (len(trace.requests) - 1))
+        lengths = parse_lengths(config.input_len)
+        spec = SyntheticSpec(config.num_prompts, config.request_rate, config.burstiness, lengths)
+        trace = synthetic_trace(spec, config.seed)
+    else:
+        trace = read_trace(config.dataset_path, config.dataset_name)
+        if config.num_prompts:
+            trace = limit(trace, config.num_prompts)
+    rate, own_rate = config.request_rate, _rate_of(trace)
+    if rate == float("inf"):
+        trace = trace.with_arrivals(0.0 * trace.arrivals_us())
+    elif rate and own_rate != float("inf"):
+        trace = scale_rate(trace, rate / own_rate)
     return trace.requests
+
+
+def _rate_of(trace: Trace) -> float:
+    """Requests per second as one over the mean gap; infinite where all come at once."""
+    span_s = trace.requests[-1].arrival_us / US_PER_S
+    return (len(trace.requests) - 1) / span_s if span_s > 0.0 else float("inf")
 
 
 @dataclass(slots=True)
@@ -119,7 +139,8 @@ class _Vectors:
 
 def make_scheduler(config: RunConfig, model: ModelConfig, layout: Layout, profile: Profile) -> Scheduler:
     """The policy object of a run, the same for simulator and executor."""
-    return Scheduler(config.policy, options_for(config.policy, layout, config.options), profile, _Vectors(model, layout))
+    options = options_for(config.policy, layout, config.options)
+    return Scheduler(config.policy, options, profile, _Vectors(model, layout))
 
 
 def simulate(
@@ -131,14 +152,16 @@ def simulate(
     layout = layout_of(config.policy, node.num_gpus, config.tp, config.pp)
     layout.check(model)
     requests = make_requests(config)
-    _check_lengths(requests, model)
+    check_lengths(requests, model)
     scheduler = make_scheduler(config, model, layout, profile_of(node))
     simulation = Simulation(node, layout, scheduler, fidelity, progress)
     started = time.perf_counter()
     timeline = simulation.run(requests)
     wall = time.perf_counter() - started
+    if fidelity.record and not fidelity.exact:
+        timeline.spans = _unfold(timeline.spans, layout.tp)
     slo_ms = config.options.slo_us / 1e3
-    result = _describe(config, model, node, layout)
+    result = _describe(config, model, node, layout) | {"num_prompts": len(requests)}
     result |= metrics(timeline, len(requests), slo_ms if slo_ms != float("inf") else None)
     result |= {
         "sim_iterations": timeline.num_batches,
@@ -150,7 +173,13 @@ def simulate(
     return Run(result, timeline)
 
 
-def _check_lengths(requests: tuple[Request, ...], model: ModelConfig) -> None:
+def _unfold(spans: list[Span], tp: int) -> list[Span]:
+    """The spans of all ranks from those of the first rank of every stage: tensor-parallel ranks run alike."""
+    return [replace(span, rank=span.rank + offset) for offset in range(tp) for span in spans]
+
+
+def check_lengths(requests: tuple[Request, ...], model: ModelConfig) -> None:
+    """Raises ValueError if a request is longer than the model can take."""
     longest = max(requests, key=lambda r: r.num_prompt_tokens)
     if longest.num_prompt_tokens > model.max_positions:
         raise ValueError(
@@ -170,18 +199,37 @@ def _describe(config: RunConfig, model: ModelConfig, node: NodeSpec, layout: Lay
         "pipeline_parallel_size": layout.pp,
         "dataset_name": config.dataset_name,
         "num_prompts": config.num_prompts,
+        "input_len": config.input_len if config.dataset_name == "random" else "",
         "request_rate": config.request_rate,
         "burstiness": config.burstiness,
+        "policy_options": changed_options(config.options),
         "seed": config.seed,
         "config_hash": config_hash(config),
-        "estimates_used": list(node.estimates),
+        "estimates_used": estimates_used(node, model, layout),
     }
 
 
+def estimates_used(node: NodeSpec, model: ModelConfig, layout: Layout) -> list[str]:
+    """The node's numbers that nobody measured, without tables of operations that this layout does not run."""
+    kernels = {k for stage in range(layout.pp) for k in function_vector(model, BatchShape(1, 1), layout, stage).kernels}
+    ops = {("send" if k.kind is Kind.RECV else k.kind.value, k.num_ranks) for k in kernels if k.is_communication}
+    tables = tuple(f"link.tables.{op}.{num_ranks}." for op, num_ranks in ops)
+    return [name for name in node.estimates if name.startswith(tables) or not name.startswith("link.tables.")]
+
+
+def changed_options(options: Options) -> str:
+    """The options that differ from the defaults, as `name=value` separated by spaces."""
+    usual = Options()
+    changed = [name for name in OPTION_NAMES if getattr(options, name) != getattr(usual, name)]
+    return " ".join(f"{name}={getattr(options, name)}" for name in changed)
+
+
 def config_hash(config: RunConfig) -> str:
-    """A hash of everything that decides the result: the configuration, the node's numbers, the model's shape, the trace."""
-    parts = [msgspec.json.encode(config), load_node(config.node).digest.encode(), repr(load_model(config.model)).encode()]
-    if config.dataset_path:
-        with open(config.dataset_path, "rb") as file:
-            parts.append(hashlib.sha256(file.read()).digest())
+    """A hash of all input that decides the result: configuration, node, model, and the contents of files."""
+    node, model = load_node(config.node), load_model(config.model)
+    parts = [msgspec.json.encode(config), node.digest.encode(), repr(model).encode()]
+    # Lengths may come from a file too, written as FILE or FILE:COLUMN.
+    for name in (config.dataset_path, config.input_len, config.input_len.rpartition(":")[0]):
+        if name and Path(name).is_file():
+            parts.append(hashlib.sha256(Path(name).read_bytes()).digest())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

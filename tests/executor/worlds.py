@@ -1,4 +1,4 @@
-"""Worlds of real processes for the tests: settings, a profile that makes policies cut and overlap, and where results go."""
+"""Worlds of real processes for the tests: settings, a made-up profile, and where results go."""
 
 from __future__ import annotations
 
@@ -35,7 +35,13 @@ def beliefs(partitions: tuple[int, ...] = (0,)) -> dict[str, Any]:
     rows, cols = [8, 64, 512], [16, 64, 512]
     sheets = {"qkv_proj": 1.0, "out_proj": 1.0, "fc1": 2.0, "fc2": 2.0, "lm_head": 1.0}
     gemms = [
-        {"name": name, "withheld": 0, "rows": rows, "cols": cols, "us": [[w * (20 + r * c / 40) for r in rows] for c in cols]}
+        {
+            "name": name,
+            "withheld": 0,
+            "rows": rows,
+            "cols": cols,
+            "us": [[w * (20 + r * c / 40) for r in rows] for c in cols],
+        }
         for name, w in sheets.items()
     ]
     names = ("embedding", "attn_norm", "attention", "rotary", "ffn_norm", "activation", "final_norm")
@@ -59,7 +65,9 @@ def run_of(policy: str, layout: Layout, **changes: Any) -> RunSettings:
     return msgspec.structs.replace(base, **changes)
 
 
-def run_world(folder: Path, runs: list[RunSettings], program: tuple[str, ...] = PROGRAM, **settings: Any) -> list[Output]:
+def run_world(
+    folder: Path, runs: list[RunSettings], program: tuple[str, ...] = PROGRAM, **settings: Any
+) -> list[Output]:
     """All runs in one world of gloo ranks."""
     launch(Settings(runs=tuple(runs), output=str(folder), **settings), program=program)
     return [read_output(str(folder), number) for number in range(len(runs))]

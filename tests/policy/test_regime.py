@@ -12,8 +12,8 @@ from sim.simulate import Fidelity
 from sim.spec import load_node
 from tests.worlds import World, alone
 
-# The aim is 1 %. Over all nodes, two models and seven row counts two cells miss it, the worst by 1.6 % (GLM-130B, 16 rows,
-# a100-pcie-x4: an all-reduce that waits for a wave half of the time, which belief averages).
+# The aim is 1 %. Over all nodes, two models and seven row counts two cells miss it, the worst by 1.6 % (GLM-130B, 16
+# rows, a100-pcie-x4: an all-reduce that waits for a wave half of the time, which belief averages).
 WITHIN = 1.02
 
 

@@ -1,0 +1,211 @@
+"""Two batches through a whole forward pass, timed inside a rank: the parts alone, one after the other, interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from executor.cuda import elapsed_us, new_event
+from executor.lanes import StreamKey
+from executor.operations import Collective
+from executor.session import Opened, Session
+from executor.settings import RunSettings
+from executor.warm_up import Preparation, run_through
+from policy.options import Options
+from policy.round import Lane, Launch
+from policy.scheduler import Scheduler
+
+# Every variant is timed in turn, several times over, so that a drift of the clock hits all alike.
+PASSES, PASS_US = 3, 150_000.0
+Body = Callable[[], None]
+
+
+def two_batches(session: Session, opened: Opened) -> dict[str, Any]:
+    """A run's shape, two batches of it: driven by the host, and as graphs of everything."""
+    values = _lives(opened)
+    if session.place.device.type == "cuda":
+        values |= _graphs(session, opened)
+    return values
+
+
+def _lives(opened: Opened) -> dict[str, Any]:
+    """Both batches admitted at once and driven by the host, as in serving: until everything has ended."""
+    tensor = Scheduler("tensor", opened.run.options, opened.profile, opened.scheduler().vectors_of)
+    found = {}
+    for name, scheduler in (("tensor", tensor), ("interleaved", opened.scheduler())):
+        count = 2 if scheduler.overlapping else 1
+        times = []
+        for number in range(8):
+            opened.device.parts.lanes.drain()
+            started = time.perf_counter()
+            for _ in range(2 // count):
+                run_through(opened.device, scheduler, opened.shapes[-1], count)
+            if number >= 3:
+                times.append((time.perf_counter() - started) * 1e3)
+        found[f"live_{name}_ms"] = median(times)
+    return found
+
+
+def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
+    """Everything as one graph: the parts alone, tensor parallelism, the policy's plan, and forced partitions."""
+    variants: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    for name, body in (
+        ("compute", only(opened, comm=False)),
+        ("comm", only(opened, comm=True)),
+        ("serial", _serial(opened)),
+    ):
+        variants[name] = captured(body, opened, StreamKey(Lane.COMM if name == "comm" else Lane.COMPUTE))
+    for name, options in _choices(opened.run):
+        try:
+            variants[name] = _planned(opened, options, notes if name == "policy" else {})
+        except RuntimeError as error:
+            notes[f"{name}_error"] = " ".join(str(error).split())[:200]
+    times = _timed(session, variants)
+    compute, comm, serial = times["compute"], times["comm"], times["serial"]
+    ideal = 2.0 * max(compute, comm)
+    plans = {name: t for name, t in times.items() if name not in ("compute", "comm", "serial")}
+    best = min(plans, key=lambda name: plans[name]) if plans else ""
+    return {
+        "compute_ms": compute, "comm_ms": comm, "serial_ms": serial, "ideal_ms": ideal, "plans_ms": plans,
+        "best": best, "policy_efficiency": ideal / plans["policy"] if "policy" in plans else None,
+        "policy_gain": serial / plans["policy"] if "policy" in plans else None,
+        "best_efficiency": ideal / plans[best] if best else None, "best_gain": serial / plans[best] if best else None,
+        "ideal_gain": serial / ideal, "notes": notes, "difference": _difference(opened, variants),
+    }  # fmt: skip
+
+
+def _choices(run: RunSettings) -> list[tuple[str, Options]]:
+    forced = replace(run.options, adaptive=False)
+    found = [("policy", run.options), ("no decomposition", replace(forced, decomposition="off", chunks=False))]
+    found += [(f"partition {p}, CTAs {c or 'default'}", replace(forced, partition=p, comm_ctas=c))
+              for p in run.partitions if p != 8 for c in run.ctas]  # fmt: skip
+    return found
+
+
+def only(opened: Opened, *, comm: bool) -> Body:
+    """The collectives of a forward pass, or everything else."""
+    operations = opened.device.bound(0, opened.shapes[-1])
+    groups = opened.device.parts.groups
+
+    def body() -> None:
+        for operation in operations:
+            if isinstance(operation, Collective) != comm:
+                continue
+            if isinstance(operation, Collective):
+                groups.call(operation)
+            else:
+                operation(None)
+
+    return body
+
+
+def _serial(opened: Opened) -> Body:
+    groups, shape = opened.device.parts.groups, opened.shapes[-1]
+
+    def body() -> None:
+        for slot in (0, 1):
+            for operation in opened.device.bound(slot, shape):
+                if isinstance(operation, Collective):
+                    groups.call(operation)
+                else:
+                    operation(None)
+
+    return body
+
+
+def captured(body: Body, opened: Opened, key: StreamKey) -> torch.cuda.CUDAGraph:
+    """A graph of what the body does, captured on the stream of a lane."""
+    from executor.graphs import capture
+    from executor.lanes_cuda import CudaLanes
+
+    lanes = opened.device.parts.lanes
+    assert isinstance(lanes, CudaLanes)
+    with torch.cuda.stream(lanes.stream(key)):
+        body()
+        torch.cuda.synchronize()
+        graph = capture(torch.cuda.graph_pool_handle(), body)
+    torch.cuda.synchronize()
+    return graph
+
+
+def _planned(opened: Opened, options: Options, notes: dict[str, str]) -> torch.cuda.CUDAGraph:
+    """The policy's plan for two batches that enter together, captured over all lanes."""
+    from executor.graphs import capture_plan
+
+    scheduler = Scheduler("interleaved", options, opened.profile, opened.scheduler().vectors_of)
+    requests = tuple(replace(r, arrival_us=0.0) for r in opened.run.requests)
+    for batch in scheduler.enter((requests, requests), 0.0):
+        opened.device.enter(batch, 0.0, lambda slot: None)
+    launches: list[Launch] = []
+    while (round_ := scheduler.next_round(0.0)) is not None:
+        launches += round_.launches
+    overlapped = [launch for launch in launches if launch.lane is Lane.FILL]
+    notes["plan"] = (
+        f"{len(launches)} launches, {len(overlapped)} fills, {sum(1 for x in launches if x.fragment)} fragments, "
+        f"withheld {sorted({x.withheld_sms for x in launches})}, CTAs {sorted({x.max_ctas for x in launches})}"
+    )
+    return capture_plan(opened.device, launches)
+
+
+def _timed(session: Session, variants: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of every variant: the median over passes of the mean of a few replays."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name, graph in variants.items():
+        graph.replay()
+        times[name].append(_replays(graph, 1))
+    # All ranks must replay equally often; rank 0 says how often.
+    counts = {name: max(2, min(50, int(PASS_US / PASSES / max(1.0, t[0])))) for name, t in times.items()}
+    counts = session.mail.share("counts", counts, dict)
+    times = {name: [] for name in variants}
+    for _ in range(PASSES):
+        for name, graph in variants.items():
+            times[name].append(_replays(graph, counts[name]) / 1e3)
+    return {name: median(found) for name, found in times.items()}
+
+
+def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Microseconds a replay."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    start, end = new_event(timing=True), new_event(timing=True)
+    start.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return elapsed_us(start, end) / count
+
+
+def _difference(opened: Opened, variants: dict[str, Any]) -> float | None:
+    """Largest difference of the two batches' logits between the policy's graph and the serial one, relative."""
+    if "policy" not in variants or not opened.run.model.vocab_size:
+        return None
+    shape, slots = opened.shapes[-1], opened.device.parts.slots
+    found = []
+    for name in ("serial", "policy"):
+        for number in (0, 1):
+            slots[number].poison()
+            _load(opened, number)
+        torch.cuda.synchronize()
+        variants[name].replay()
+        torch.cuda.synchronize()
+        found.append(torch.stack([slots[number].result(shape).float() for number in (0, 1)]))
+    return float((found[0] - found[1]).abs().max() / found[0].abs().max())
+
+
+def _load(opened: Opened, slot: int) -> None:
+    batch = _batch(opened)
+    Preparation(opened.device, batch)(opened.device.parts.slots[slot])
+
+
+def _batch(opened: Opened) -> Any:
+    scheduler = Scheduler("tensor", opened.run.options, opened.profile, opened.scheduler().vectors_of)
+    return scheduler.enter((opened.run.requests,), 0.0)[0]

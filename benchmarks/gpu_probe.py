@@ -1,0 +1,113 @@
+"""Whether graphs can be captured on a partition's stream, and the host's price of every kind of call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_forward import captured, only
+from executor.about import describe
+from executor.cuda import elapsed_us, has_ended, hold, new_event, new_stream
+from executor.lanes import StreamKey
+from executor.operations import Collective
+from executor.session import Opened, Session
+from policy.round import Lane
+
+Body = Callable[[], None]
+
+
+def costs(session: Session, opened: Opened) -> dict[str, Any]:
+    """What works, and what it costs the host."""
+    values: dict[str, Any] = {"profile": opened.table, "num_graphs": opened.backing.num_graphs,
+                              "refused": opened.backing.refused, "note_us": _note_us(session),
+                              "host": describe(session.place)}  # fmt: skip
+    if session.place.device.type == "cuda":
+        values |= _call_costs(opened)
+        values["gemm_us_by_withheld"] = _partitions(opened)
+    return values
+
+
+def _note_us(session: Session) -> float:
+    """From a post of rank 0 to its receipt, there and back, halved."""
+    mail, times = session.mail, []
+    for number in range(100):
+        mail.together(f"start/{number}")
+        started = time.perf_counter()
+        if mail.rank == 0:
+            mail.give(f"ping/{number}", 0)
+            mail.take(f"pong/{number}", int)
+        elif mail.rank == 1:
+            mail.take(f"ping/{number}", int)
+            mail.give(f"pong/{number}", 0)
+        times.append((time.perf_counter() - started) * 5e5)
+    return median(times)
+
+
+def _call_costs(opened: Opened) -> dict[str, float]:
+    device = opened.device
+    operations = device.bound(0, opened.shapes[-1])
+    gemm = _kernel(opened, "fc1")
+    reduce = next(op for op in operations if isinstance(op, Collective))
+    side = new_stream(device.parts.weights.layers[0].qkv.weight.device, 0)
+    event = new_event()
+
+    def hop() -> None:
+        event.record()
+        side.wait_event(event)
+
+    graph = captured(only(opened, comm=False), opened, StreamKey(Lane.COMPUTE))
+    found = {"launch_us": _host_us(lambda: gemm(None)),
+             "all_reduce_us": _host_us(lambda: device.parts.groups.call(reduce)),
+             "record_and_wait_us": _host_us(hop), "graph_replay_us": _host_us(graph.replay, 5)}  # fmt: skip
+    found["sleeping_wake_up_us"] = _wake_up_us(spin=False)
+    found["spinning_wake_up_us"] = _wake_up_us(spin=True)
+    return found
+
+
+def _host_us(call: Body, count: int = 100) -> float:
+    call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    elapsed = (time.perf_counter() - started) / count * 1e6
+    torch.cuda.synchronize()
+    return elapsed
+
+
+def _wake_up_us(*, spin: bool) -> float:
+    """How long after the end of a 500-microsecond kernel the host goes on, beyond what the kernel takes."""
+    times = []
+    for _ in range(30):
+        start, end = new_event(timing=True), new_event(timing=True)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        start.record()
+        hold(1_000_000)
+        end.record()
+        if spin:
+            while not has_ended(end):
+                pass
+        else:
+            end.synchronize()
+        times.append((time.perf_counter() - began) * 1e6 - elapsed_us(start, end))
+    return median(times)
+
+
+def _kernel(opened: Opened, name: str) -> Callable[[None], None]:
+    operations = opened.device.bound(0, opened.shapes[-1])
+    vector = opened.scheduler().vectors_of(opened.shapes[-1])[0]
+    found = next(op for op, kernel in zip(operations, vector.kernels, strict=True) if kernel.name == name)
+    assert not isinstance(found, Collective)
+    return found
+
+
+def _partitions(opened: Opened) -> dict[str, float]:
+    """The widest GEMM under every partition: that they bind at all."""
+    gemm = _kernel(opened, "fc1")
+    watch, calls = opened.backing.stopwatch, [lambda: gemm(None)] * 20
+    return {str(p): watch.alone_us(StreamKey(Lane.COMPUTE, p), calls) for p in opened.run.partitions}

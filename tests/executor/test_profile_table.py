@@ -1,0 +1,77 @@
+"""Tables of durations: what was measured comes out again, between two sizes the line, and mistakes are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.kernel import Fragment, Kind, collective, elementwise, gemm
+from policy.profile_table import profile_from
+from tests.executor.worlds import beliefs
+
+
+def test_what_was_measured_comes_out_again() -> None:
+    table = beliefs()
+    profile = profile_from(table)
+    for entry in table["gemms"]:
+        for cols, row in zip(entry["cols"], entry["us"], strict=True):
+            for rows, us in zip(entry["rows"], row, strict=True):
+                assert profile.solo_us(gemm(entry["name"], rows, cols, 64), 0, 0) == pytest.approx(us, abs=1e-3)
+    for entry in table["comms"]:
+        for size, us in zip(entry["bytes"], entry["us"], strict=True):
+            kernel = collective("x", Kind(entry["kind"]), int(size), 2)
+            assert profile.solo_us(kernel, 0, 0) == pytest.approx(us, abs=1e-3)
+
+
+def test_between_two_sizes_is_the_line_and_beyond_the_last_its_proportion() -> None:
+    profile = profile_from(beliefs())
+    halfway = profile.solo_us(elementwise("ffn_norm", 500_500), 0, 0)
+    assert halfway == pytest.approx((8.0 + 400.0) / 2, abs=1e-3)
+    assert profile.solo_us(elementwise("ffn_norm", 2_000_000), 0, 0) == pytest.approx(800.0, abs=1e-3)
+    assert profile.solo_us(elementwise("ffn_norm", 10), 0, 0) == 8.0
+
+
+def test_an_unmeasured_partition_is_as_none() -> None:
+    profile = profile_from(beliefs())
+    kernel = gemm("fc1", 64, 64, 64)
+    assert profile.solo_us(kernel, 24, 0) == profile.solo_us(kernel, 0, 0)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(8, 512), st.integers(16, 512), st.integers(2, 8), st.data())
+def test_a_piece_costs_no_more_than_the_whole(rows: int, cols: int, parts: int, data: st.DataObject) -> None:
+    profile = profile_from(beliefs())
+    axis: Any = data.draw(st.sampled_from(["rows", "cols"]))
+    stop = data.draw(st.integers(1, parts))
+    kernel = gemm("fc1", rows, cols, 64)
+    assert profile.part_us(kernel, Fragment(axis, 0, stop, parts)) <= profile.solo_us(kernel, 0, 0) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("gemms", 0, "rows"), [64, 8, 512], "profile table of qkv_proj: sizes must grow"),
+        (("others", 0, "us"), [8.0, -1.0], "values must not be negative"),
+        (("comms", 0, "us"), [1.0], "2 sizes and 1 values"),
+        (("launch_us",), None, "lacks 'launch_us'"),
+    ],
+)
+def test_mistakes_are_named(path: tuple[Any, ...], value: Any, message: str) -> None:
+    table: Any = beliefs()
+    place = table
+    for step in path[:-1]:
+        place = place[step]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        profile_from(table)
+
+
+def test_a_kernel_that_nobody_measured_is_named() -> None:
+    with pytest.raises(ValueError, match="no durations of silu"):
+        profile_from(beliefs()).solo_us(elementwise("silu", 100), 0, 0)

@@ -1,0 +1,88 @@
+"""The command `weft`: one sub-command per job. A user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from weft import demo_command, explore_command, nodes_command, run_command, simulate_command, trace_command
+
+MISTAKE = 2
+INTERRUPTED = 130
+NO_READER = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other mistake is said, and points to the help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end with exit code 2."""
+        _say(f"{message} (see: {self.prog} --help)")
+        sys.exit(MISTAKE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. WEFT_TRACEBACK=1 shows where a mistake was found."""
+    args = make_parser().parse_args(argv)
+    if "run" not in args:
+        if args.version:
+            print(f"weft {_version()}")
+            return 0
+        make_parser().error("no command is given")
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()  # here, where a reader that has gone is still ours to notice
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end; it must find somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+    except KeyboardInterrupt as interrupt:
+        print(f"weft: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if os.environ.get("WEFT_TRACEBACK"):
+            raise
+        _say(_in_words(error))
+        return MISTAKE
+
+
+def make_parser() -> Parser:
+    """The parser with all sub-commands; building it imports nothing heavy."""
+    parser = Parser(prog="weft", description="Which latency at which throughput, for which way of sharing GPUs.")
+    parser.add_argument("--version", action="store_true", help="show the version and end")
+    commands: argparse._SubParsersAction[argparse.ArgumentParser]
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")  # type: ignore[assignment]
+    demo_command.add_parser(commands)
+    simulate_command.add_parser(commands)
+    explore_command.add_parser(commands)
+    trace_command.add_parser(commands)
+    nodes_command.add_parser(commands)
+    run_command.add_parser(commands)
+    return parser
+
+
+def _say(message: str) -> None:
+    print("weft: error: " + " ".join(message.split()), file=sys.stderr)
+
+
+def _in_words(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("weft")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

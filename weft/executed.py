@@ -1,0 +1,181 @@
+"""One real run from start to end: what is asked for, the ranks that do it, and a result like a simulated one's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from executor.launch import WorldError, launch
+from executor.results import Output, read_output
+from executor.settings import RunSettings, Settings, encode
+from models.config import ModelConfig, load_model
+from models.transformer import Layout
+from traces.metrics import metrics
+from weft.runs import Run, RunConfig, changed_options, check_lengths, layout_of, make_requests, options_for
+
+# What a policy may withhold from compute and give to collectives on a GPU; which it takes, it decides by regime.
+GPU_PARTITIONS = (0, 8, 16, 24, 32)
+GPU_CTAS = (0, 8)
+# These tell communication from computation, which a graph that holds both hides.
+SPLIT_KEYS = ("comm_share", "overlap_fraction", "compute_utilization", "link_utilization")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where a run takes place. `num_layers` 0: all of the model's. Delays are the most of uniform random pauses, in
+    microseconds. `dtype` "": float16 on GPUs, float32 on a CPU."""
+
+    backend: Literal["nccl", "gloo"] = "gloo"
+    num_ranks: int = 2
+    dtype: str = ""
+    checkpoint: str = ""
+    num_layers: int = 0
+    host_delay_us: float = 0.0
+    device_delay_us: float = 0.0
+    timeout_s: float = 20.0
+    bind_address: str = "127.0.0.1"
+    port: int = 0
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use, by their device files; the ranks ask the driver itself."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([word for word in visible.split(",") if word.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def model_of(config: RunConfig, world: World) -> ModelConfig:
+    """The model, cut to its first layers where asked."""
+    model = load_model(config.model)
+    if not world.num_layers:
+        return model
+    if not 0 < world.num_layers <= model.num_layers:
+        raise ValueError(f"--layers {world.num_layers} is not possible: {model.model_id} has {model.num_layers} layers")
+    return replace(model, num_layers=world.num_layers)
+
+
+def settings_of(config: RunConfig, world: World, output: Path, *, record: bool = False) -> Settings:
+    """What the ranks are told. Raises ValueError if no run can be made of it."""
+    config.check()
+    if world.num_ranks < 1:
+        raise ValueError(f"--ranks {world.num_ranks} is not possible; give 1 or more")
+    model = model_of(config, world)
+    layout = layout_of(config.policy, world.num_ranks, config.tp, config.pp)
+    if layout.num_ranks != world.num_ranks:
+        raise ValueError(
+            f"the layout TP{layout.tp} x PP{layout.pp} needs {layout.num_ranks} ranks, but there are {world.num_ranks}"
+        )
+    requests = make_requests(config)
+    check_lengths(requests, model)
+    on_gpu = world.backend == "nccl"
+    dtype: Any = world.dtype or ("float16" if on_gpu else "float32")
+    run = RunSettings(
+        model=model, layout=layout, policy=config.policy, options=options_for(config.policy, layout, config.options),
+        requests=requests, dtype=dtype, seed=config.seed, checkpoint=world.checkpoint, record=record,
+        host_delay_us=world.host_delay_us, device_delay_us=world.device_delay_us,
+        partitions=GPU_PARTITIONS if on_gpu else (0,), ctas=GPU_CTAS if on_gpu else (0,),
+        completions_path=str(output / "completions.jsonl"),
+    )  # fmt: skip
+    settings = Settings(
+        runs=(run,), backend=world.backend, timeout_s=world.timeout_s, bind_address=world.bind_address, port=world.port,
+        output=str(output),
+    )  # fmt: skip
+    settings.check()
+    return settings
+
+
+def execute(
+    config: RunConfig, world: World, *, record: bool = False, progress: Callable[[int], object] = lambda finished: None
+) -> tuple[Run, Output]:
+    """Run it on real ranks. Raises ValueError if it is not possible, WorldError if a rank fails.
+
+    After a failure the requests that were answered before are kept, and the message says where.
+    """
+    output = Path(tempfile.mkdtemp(prefix="weft-run-"))
+    settings = settings_of(config, world, output, record=record)
+    completions = output / "completions.jsonl"
+    kept = False
+    try:
+        launch(settings, progress)
+        finished = read_output(str(output), 0)
+    except (WorldError, KeyboardInterrupt) as error:
+        kept = completions.exists() and completions.stat().st_size > 0
+        why = str(error) or "interrupted; all ranks were ended"
+        raise type(error)(why + (f"; the answered requests are in {completions}" if kept else "")) from None
+    finally:
+        _remove(output, completions if kept else None)
+    return run_of(config, settings, finished), finished
+
+
+def _remove(folder: Path, kept: Path | None) -> None:
+    for path in folder.iterdir():
+        if path != kept:
+            path.unlink()
+    if kept is None:
+        folder.rmdir()
+
+
+def run_of(config: RunConfig, settings: Settings, output: Output) -> Run:
+    """The flat result: the keys of a simulated run, and what only a real one knows."""
+    run, timeline = settings.runs[0], output.timeline
+    slo_ms = config.options.slo_us / 1e3
+    result = _describe(config, settings, output)
+    result |= metrics(timeline, len(run.requests), slo_ms if slo_ms != float("inf") else None)
+    if output.opaque:
+        result |= dict.fromkeys(SPLIT_KEYS)
+    rounds, launches = max(1, output.host_times[0].rounds), max(1, output.host_times[0].launches)
+    first = output.host_times[0]
+    result |= {
+        "iterations": timeline.num_batches,
+        "kernels": timeline.num_kernels,
+        "rounds": timeline.num_rounds,
+        "host_plan_us_per_round": first.plan_s / rounds * 1e6,
+        "host_issue_us_per_round": first.issue_s / rounds * 1e6,
+        "host_issue_us_per_launch": first.issue_s / launches * 1e6,
+        "host_bound_fraction": max(busy.host_bound_us for busy in output.busy) / (output.wall_s * 1e6),
+        "num_graphs": output.num_graphs,
+        "output_checksum": output.checksum,
+        "order_hash": output.order_hash,
+        "rounds_hash": output.rounds_hash,
+        "host": output.host,
+        "wall_s": output.wall_s,
+    }
+    return Run(result, timeline)
+
+
+def _describe(config: RunConfig, settings: Settings, output: Output) -> dict[str, Any]:
+    run, host = settings.runs[0], output.host
+    layout: Layout = run.layout
+    node = f"{output.num_ranks} x {host['gpu']}" if host["gpu"] != "none" else f"{output.num_ranks} processes"
+    return {
+        "backend": settings.backend,
+        "model_id": run.model.model_id,
+        "num_layers": run.model.num_layers,
+        "dtype": run.dtype,
+        "node": f"{node}, {host['link_mode']}",
+        "policy": config.policy,
+        "tensor_parallel_size": layout.tp,
+        "pipeline_parallel_size": layout.pp,
+        "dataset_name": config.dataset_name,
+        "num_prompts": len(run.requests),
+        "input_len": config.input_len if config.dataset_name == "random" else "",
+        "request_rate": config.request_rate,
+        "burstiness": config.burstiness,
+        "policy_options": changed_options(config.options),
+        "seed": config.seed,
+        "config_hash": hashlib.sha256(encode(settings).replace(settings.output.encode(), b"")).hexdigest()[:16],
+        "estimates_used": [],
+        "out_of_range": [],
+    }
+
+
+def detailed_run(output: Output) -> dict[str, Any]:
+    """What the simulator needs to replay the run: what entered before which round, and what the policy believed."""
+    log = [{"round_id": entry.round_id, "now_us": entry.now_us, "batches": entry.batches} for entry in output.log]
+    return {"admission_log": log, "profile": output.profile}

@@ -1,0 +1,98 @@
+"""What a run says on the console, in the block of `vllm bench serve`, and how a result is written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+WIDTH = 58
+LABEL = 46
+MAX_SHOWN = 3
+
+
+def console_block(result: dict[str, Any]) -> str:
+    """The numbers of one run. It says in its title that they are simulated, and names what they rest on."""
+    lines = [
+        _title(" Simulated Serving Benchmark Result ", "="),
+        _row("Model:", result["model_id"]),
+        _row("Node (simulated):", result["node"]),
+        _row("Policy:", _policy(result)),
+        _row("Successful requests:", result["completed"]),
+        _row("Failed requests:", result["failed"]),
+        _row("Request rate configured (RPS):", _number(result["request_rate"])),
+        _row("Benchmark duration (s):", result["duration"]),
+        _row("Total input tokens:", result["total_input_tokens"]),
+        _row("Request throughput (req/s):", result["request_throughput"]),
+    ]
+    if "request_goodput" in result:
+        lines += [
+            _row("Request goodput (req/s):", result["request_goodput"]),
+            _row("SLO attainment (%):", 100.0 * result["slo_attainment"]),
+        ]
+    lines.append(_row("Total Token throughput (tok/s):", result["total_token_throughput"]))
+    lines.append(_title("End-to-end Latency", "-"))
+    lines.append(_row("Mean E2EL (ms):", result["mean_e2el_ms"]))
+    lines.append(_row("Median E2EL (ms):", result["median_e2el_ms"]))
+    # P50 is the median, which vLLM names so; the file has both.
+    percentiles = [key for key in result if re.fullmatch(r"p[\d.]+_e2el_ms", key) and key != "p50_e2el_ms"]
+    for key in sorted(percentiles, key=lambda key: float(key[1:-8])):
+        lines.append(_row(f"P{key[1:-8]} E2EL (ms):", result[key]))
+    lines.append(_title("GPUs", "-"))
+    for label, key in (
+        ("Communication share of busy time (%):", "comm_share"),
+        ("Communication hidden by computation (%):", "overlap_fraction"),
+        ("Compute utilization (%):", "compute_utilization"),
+        ("Link utilization (%):", "link_utilization"),
+    ):
+        lines.append(_row(label, 100.0 * result[key]))
+    lines.append(_title("Simulation", "-"))
+    lines.append(_row("Batches / kernels:", f"{result['sim_iterations']:,} / {result['sim_kernels']:,}"))
+    lines.append(_row("Wall time (s):", result["sim_wall_s"]))
+    return "\n".join([*lines, "=" * WIDTH, *caveats(result)])
+
+
+def caveats(result: dict[str, Any]) -> list[str]:
+    """What the numbers rest on: estimates that nobody measured, and messages beyond what the node's tables know."""
+    lines = []
+    estimates = result["estimates_used"]
+    if estimates:
+        lines.append(
+            f"{len(estimates)} numbers of node {result['node']} are estimates, not measurements: "
+            f"{_some(estimates)} (see: weft nodes {result['node']})"
+        )
+    if result["out_of_range"]:
+        lines.append(f"beyond the node's tables, so extrapolated: {_some(result['out_of_range'])}")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - MAX_SHOWN
+    return ", ".join(names[:MAX_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def encode(result: dict[str, Any]) -> bytes:
+    """One line of JSON. Infinity is written "inf", as `vllm bench serve` writes an unlimited rate."""
+    return json.dumps({key: _finite(value) for key, value in result.items()}, allow_nan=False).encode()
+
+
+def _finite(value: Any) -> Any:
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _policy(result: dict[str, Any]) -> str:
+    layout = f"TP{result['tensor_parallel_size']} x PP{result['pipeline_parallel_size']}"
+    return f"{result['policy']} ({layout})" + (f" {result['policy_options']}" if result["policy_options"] else "")
+
+
+def _title(text: str, fill: str) -> str:
+    return text.center(WIDTH, fill)
+
+
+def _row(label: str, value: Any) -> str:
+    return f"{label:<{LABEL}} {_number(value)}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:<.2f}" if isinstance(value, float) else str(value)

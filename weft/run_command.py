@@ -1,0 +1,203 @@
+"""`weft run`: one run of one policy on real ranks: GPUs with NCCL, or processes with gloo on any machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from traces.files import write_whole
+from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
+from weft.simulate_command import (
+    POLICY_HELP,
+    add_result_flags,
+    check_writable,
+    detailed,
+    further_percentiles,
+    parse_metadata,
+    parse_percentiles,
+    save,
+)
+
+if TYPE_CHECKING:
+    from executor.results import Output
+    from weft.executed import World
+    from weft.runs import Run, RunConfig
+
+DEFAULT_MODELS = {"gloo": "tiny-opt", "nccl": "llama-3-8b"}
+GLOO_RANKS = 2
+WIDTH, LABEL = 58, 46
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `weft run` to the command line."""
+    parser = subparsers.add_parser(
+        "run", help="one run of one policy on real GPUs, or on CPU processes", description=__doc__
+    )
+    model_help = "model id, or a JSON file such as a Hugging Face config.json (default: tiny-opt with gloo, llama-3-8b)"
+    parser.add_argument("--model", help=model_help)
+    parser.add_argument("--policy", default="interleaved", help=f"{POLICY_HELP} (default: interleaved)")
+    add_workload_flags(parser)
+    add_layout_flags(parser)
+    add_policy_flags(parser)
+    add_result_flags(parser)
+    _add_world_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_world_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ranks")
+    group.add_argument("--backend", choices=("nccl", "gloo"), help="default: nccl where there are GPUs, else gloo")
+    group.add_argument("--ranks", type=int, metavar="N", help="processes (default: the GPUs of this machine; gloo: 2)")
+    dtype_help = "float32, float16 or bfloat16 (default: float16 on GPUs, float32 with gloo)"
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help=dtype_help)
+    checkpoint_help = "folder with safetensors and config.json (default: random weights by seed)"
+    group.add_argument("--checkpoint", type=Path, metavar="DIR", help=checkpoint_help)
+    group.add_argument("--layers", type=int, default=0, metavar="N", help="only the model's first N layers")
+    delay_help = "random pauses of every rank's {}, up to so many microseconds: a test of correctness"
+    group.add_argument("--host-delay-us", type=float, default=0.0, metavar="US", help=delay_help.format("host"))
+    group.add_argument("--device-delay-us", type=float, default=0.0, metavar="US", help=delay_help.format("lanes"))
+    timeout_help = "a rank that stands still for so long fails the run (default: 20)"
+    group.add_argument("--timeout-s", type=float, default=20.0, metavar="S", help=timeout_help)
+    bind_help = "address that the rendezvous listens on (default: 127.0.0.1, this machine alone)"
+    group.add_argument("--bind-address", default="127.0.0.1", metavar="ADDRESS", help=bind_help)
+    group.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    timeline_help = "write a Chrome trace, one file per rank: NAME.trace.json.gz (opens in Perfetto)"
+    group.add_argument("--timeline", type=Path, metavar="FILE", help=timeline_help)
+    write_help = "run nothing; write the settings for `torchrun -m executor --settings FILE`"
+    group.add_argument("--write-settings", type=Path, metavar="FILE", help=write_help)
+    read_help = "run nothing; report what torchrun left in this folder, given the flags that made its settings"
+    group.add_argument("--read-output", type=Path, metavar="DIR", help=read_help)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run, print the block of numbers, and save what was asked for."""
+    world = _world(args)
+    model = args.model or (str(args.checkpoint) if args.checkpoint else DEFAULT_MODELS[world.backend])
+    config = config_of(args, model=model, policy=args.policy)
+    percentiles, extra = parse_percentiles(args.metric_percentiles), parse_metadata(args.metadata)
+    if args.label is not None:
+        extra["label"] = args.label
+    result_file = _result_file(args, config, world)
+    for file in filter(None, (result_file, args.timeline, args.write_settings)):
+        check_writable(file, may_make_folder=file is result_file and args.result_dir is not None)
+    if args.write_settings is not None:
+        return _write_settings(args, config, world)
+    finished, output = _finish(args, config, world)
+    finished.result.update(further_percentiles(finished.timeline, percentiles))
+    print(console_block(finished.result))
+    _save(args, finished, output, result_file, extra)
+    return 0
+
+
+def _world(args: argparse.Namespace) -> World:
+    from weft.executed import World, count_gpus
+
+    gpus = count_gpus()
+    backend: Literal["nccl", "gloo"] = args.backend or ("nccl" if gpus else "gloo")
+    ranks = args.ranks if args.ranks is not None else (gpus or 1) if backend == "nccl" else GLOO_RANKS
+    return World(
+        backend, ranks, args.dtype, str(args.checkpoint or ""), args.layers, args.host_delay_us, args.device_delay_us,
+        args.timeout_s, args.bind_address, args.port,
+    )  # fmt: skip
+
+
+def _finish(args: argparse.Namespace, config: RunConfig, world: World) -> tuple[Run, Output]:
+    from weft.executed import execute, run_of, settings_of
+    from weft.progress import bar
+    from weft.runs import make_requests
+
+    record = args.timeline is not None
+    if args.read_output is not None:
+        from executor.results import read_output
+
+        output = read_output(str(args.read_output), 0)
+        return run_of(config, settings_of(config, world, args.read_output, record=record), output), output
+    with bar(len(make_requests(config)), "requests", disable=args.disable_tqdm) as progress:
+        return execute(config, world, record=record, progress=progress.update)
+
+
+def _write_settings(args: argparse.Namespace, config: RunConfig, world: World) -> int:
+    from executor.settings import encode
+    from weft.executed import settings_of
+
+    folder = args.write_settings.with_suffix("")
+    settings = settings_of(config, world, folder.absolute(), record=args.timeline is not None)
+    folder.mkdir(exist_ok=True)
+    write_whole(args.write_settings, encode(settings))
+    print(f"wrote {args.write_settings}; results will be in {folder}. Start {world.num_ranks} ranks, for example:")
+    print(f"  torchrun --nproc-per-node {world.num_ranks} -m executor --settings {args.write_settings}")
+    return 0
+
+
+def _result_file(args: argparse.Namespace, config: RunConfig, world: World) -> Path | None:
+    if not (args.save_result or args.append_result or args.save_detailed or args.result_filename):
+        return None
+    if args.result_filename:
+        return Path(args.result_dir or "") / str(args.result_filename)
+    parts = (
+        world.backend,
+        f"{config.request_rate:g}qps",
+        Path(config.model).stem,
+        f"{world.num_ranks}ranks",
+        config.policy,
+    )
+    return Path(args.result_dir or "") / ("-".join(parts) + ".json")
+
+
+def _save(
+    args: argparse.Namespace, finished: Run, output: Output, result_file: Path | None, extra: dict[str, Any]
+) -> None:
+    from weft.executed import detailed_run
+    from weft.report import encode
+
+    saved: list[Path] = []
+    if args.timeline is not None:
+        from traces.chrome import write_chrome_trace
+
+        saved += write_chrome_trace(finished.timeline, args.timeline)
+    if result_file is not None:
+        details = detailed(finished.timeline) | detailed_run(output) if args.save_detailed else {}
+        save(result_file, encode(extra | details | finished.result), append=args.append_result)
+        saved.append(result_file)
+    for path in saved:
+        print(f"wrote {path}")
+
+
+def console_block(result: dict[str, Any]) -> str:
+    """The numbers of a real run, laid out as those of a simulated one."""
+    options = f" {result['policy_options']}" if result["policy_options"] else ""
+    layout = f"TP{result['tensor_parallel_size']} x PP{result['pipeline_parallel_size']}"
+    rows: list[tuple[str, Any]] = [
+        ("Model:", f"{result['model_id']} ({result['num_layers']} layers, {result['dtype']})"),
+        ("Ranks:", f"{result['node']} ({result['backend']})"),
+        ("Policy:", f"{result['policy']} ({layout}){options}"),
+        ("Successful requests:", result["completed"]),
+        ("Failed requests:", result["failed"]),
+        ("Request rate configured (RPS):", float(result["request_rate"])),
+        ("Benchmark duration (s):", result["duration"]),
+        ("Request throughput (req/s):", result["request_throughput"]),
+        ("Total Token throughput (tok/s):", result["total_token_throughput"]),
+        *((f"{name} E2EL (ms):", result[key]) for name, key in _latencies(result)),
+        ("Communication hidden by computation:", result["overlap_fraction"]),
+        ("Host, plan per round (us):", result["host_plan_us_per_round"]),
+        ("Host, issue per launch (us):", result["host_issue_us_per_launch"]),
+        ("Device waited for the host:", result["host_bound_fraction"]),
+        ("Batches / rounds / kernels:", f"{result['iterations']:,} / {result['rounds']:,} / {result['kernels']:,}"),
+        ("Output checksum:", result["output_checksum"][:16]),
+    ]
+    lines = [" Serving Benchmark Result ".center(WIDTH, "=")]
+    lines += [f"{label:<{LABEL}} {_shown(value)}" for label, value in rows]
+    return "\n".join([*lines, "=" * WIDTH])
+
+
+def _latencies(result: dict[str, Any]) -> list[tuple[str, str]]:
+    names = [("Mean", "mean_e2el_ms"), ("Median", "median_e2el_ms")]
+    shown = [key for key in result if key.startswith("p") and key.endswith("_e2el_ms") and key != "p50_e2el_ms"]
+    return names + [(f"P{key[1:-8]}", key) for key in sorted(shown, key=lambda key: float(key[1:-8]))]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not known (inside graphs)"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
