@@ -105,9 +105,9 @@ class Device:
     def arrive_after(self, entry: Entry, gap_us: float) -> None:
         """The entry's next kernel wants its SMs after so long."""
         entry.arrives_us = self.env.now + gap_us
-        self.env.timeout(gap_us).callbacks.append(lambda _: self._arrive(entry))
+        self.env.timeout(gap_us).callbacks.append(lambda _: self.arrive(entry))
 
-    def _arrive(self, entry: Entry) -> None:
+    def arrive(self, entry: Entry, *, may_express: bool = True) -> None:
         """The entry's next kernel wants its SMs; a collective only when it is its turn on the communicator."""
         entry.arrives_us = -1.0
         self.cut_express()
@@ -115,7 +115,7 @@ class Device:
         if kernel.is_communication and self.communicator[0] != (entry, entry.position):
             entry.blocked = True  # taken up again when the one before it ends
             return
-        if self.courses is not None and entry.launch.captured and self._has_device_alone(entry):
+        if may_express and self.courses is not None and entry.launch.captured and self._has_device_alone(entry):
             slots = min(self.sms.free, max(1, self.spec.num_sms - entry.launch.withheld_sms))
             course = self.courses.course(entry, slots, up_to_grid(self.spec.graph_gap_us))
             self.sms.count()
@@ -172,7 +172,7 @@ class Device:
             entry, position = self.communicator[0]
             if entry.blocked and entry.position == position:
                 entry.blocked = False
-                self._arrive(entry)
+                self.arrive(entry)
 
     def end_of(self, entry: Entry) -> None:
         """A launch is through: its mark is reached, and whatever waited for it may go on."""

@@ -97,6 +97,8 @@ class Express:
             device.end_of(entry)
         elif inside:
             device.sms.resume(device.admit(entry), partial)
+        elif elapsed == course.arrives_us[through]:
+            device.arrive(entry, may_express=False)  # it meets whatever comes at the same instant
         else:
             device.arrive_after(entry, course.arrives_us[through] - elapsed)
 

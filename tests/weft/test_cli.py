@@ -51,7 +51,11 @@ MISTAKES = [
     (["simulate", "--num-prompts", "0"], "number of prompts is 0; it must be 1 or more"),
     (["simulate", "--burstiness", "0"], "burstiness 0 is not possible"),
     (["simulate", "--input-len", "128:16"], "length range 128:16 runs backwards; write 16:128"),
-    (["simulate", "--input-len", "9999"], "has 9999 prompt tokens, but glm-130b has 2048 positions"),
+    (
+        ["simulate", "--input-len", "9999"],
+        "has 2048 positions; --max-input-len 2048 shortens such prompts",
+    ),
+    (["simulate", "--max-input-len", "-1"], "longest input is -1 tokens; it must be 1 or more, or 0 for no limit"),
     (["simulate", "--seed", "-1"], "seed -1 is negative"),
     (["simulate", "--batch-size", "0"], "policy option batch_size is 0; it must be a whole number, 1 or more"),
     (["simulate", "--batch-size", "two"], "--batch-size: batch_size is 'two'; it must be a whole number"),

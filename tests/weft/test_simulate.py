@@ -143,6 +143,15 @@ def test_a_trace_keeps_its_rate_or_takes_another(capsys: pytest.CaptureFixture[s
     assert durations == [(11, 10.0), (11, 0.1), (11, 0.0), (3, 2.0)]
 
 
+def test_prompts_that_are_too_long_are_shortened_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.csv").write_text("0,16\n1,5000\n2,256\n3,257\n")
+    words = ["simulate", "--model", "tiny-opt", "--dataset-path", "t.csv", "--result-filename", "r.json"]
+    assert main([*words, "--max-input-len", "256"]) == 0
+    result = json.loads(Path("r.json").read_text())
+    assert (result["num_shortened"], result["total_input_tokens"]) == (2, 16 + 3 * 256)
+    assert "Prompts shortened:                             2\n" in capsys.readouterr().out
+
+
 def test_the_hash_covers_all_that_decides_the_result(folder: Path) -> None:
     base = RunConfig(model="tiny-opt")
     trace = folder / "t.csv"

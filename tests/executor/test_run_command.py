@@ -1,0 +1,100 @@
+"""`weft run` on a machine without GPUs: one command, seconds, the same result file as a simulated run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from executor.order import RoundsHash
+from weft.cli import main
+from weft.executed import replay_result
+
+SHORT = ["--backend", "gloo", "--num-prompts", "12", "--disable-tqdm"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "result.json"
+    trace = path.with_name("run.trace.json.gz")
+    flags = ["--result-filename", str(path), "--save-detailed", "--timeline", str(trace), "--request-rate", "200"]
+    assert main(["run", *SHORT, *flags, "--label", "a test", "--metric-percentiles", "99.9"]) == 0
+    return path
+
+
+def _result(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def test_the_result_has_the_keys_of_a_simulated_one(saved: Path, tmp_path: Path) -> None:
+    simulated = tmp_path / "simulated.json"
+    arguments = ["--num-prompts", "12", "--request-rate", "20", "--result-filename", str(simulated), "--disable-tqdm"]
+    assert main(["simulate", *arguments]) == 0
+    only_simulated = {key for key in _result(simulated) if key not in _result(saved)}
+    assert {key for key in only_simulated if not key.startswith("sim_")} <= {"node_digest"}
+
+
+def test_the_result_says_what_ran(saved: Path) -> None:
+    result = _result(saved)
+    assert (result["backend"], result["completed"], result["failed"]) == ("gloo", 12, 0)
+    assert result["model_id"] == "tiny-opt"
+    assert result["host"]["gpu"] == "none"
+    assert result["host"]["torch"]
+    assert len(result["output_checksum"]) == 64
+    assert result["label"] == "a test"
+    assert result["p99_e2el_ms"] <= result["p99.9_e2el_ms"]
+    assert result["host_issue_us_per_launch"] > 0.0
+    assert len(result["latencies"]) == 12
+
+
+def test_the_timeline_is_a_chrome_trace_per_rank(saved: Path) -> None:
+    assert {path.name for path in saved.parent.glob("*.gz")} == {"run.rank0.trace.json.gz", "run.rank1.trace.json.gz"}
+
+
+def test_a_saved_run_is_replayed_in_the_simulator(saved: Path) -> None:
+    replayed = replay_result(saved, "a100-pcie-x4")
+    rounds = RoundsHash()
+    for round_ in replayed.rounds:
+        rounds.add(round_)
+    assert rounds.digest() == _result(saved)["rounds_hash"]
+    assert len(replayed.timeline.completions) == 12
+
+
+def test_the_checksum_is_of_the_numbers_alone(saved: Path, tmp_path: Path) -> None:
+    """Same seed, requests and batches, another policy: the same logits, however they were computed."""
+    path = tmp_path / "tensor.json"
+    assert main(["run", *SHORT, "--policy", "tensor", "--result-filename", str(path), "--request-rate", "inf"]) == 0
+    again = tmp_path / "again.json"
+    assert main(["run", *SHORT, "--policy", "tensor", "--result-filename", str(again), "--request-rate", "inf"]) == 0
+    assert _result(path)["output_checksum"] == _result(again)["output_checksum"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0 is not possible; give 1 or more"),
+        (["--ranks", "3"], "tiny-opt: heads 8 cannot be divided over 3 ranks"),
+        (["--layers", "5"], "--layers 5 is not possible: tiny-opt has 4 layers"),
+        (["--timeout-s", "0"], "timeout is 0.0 s; it must be 1 to 600"),
+        (["--host-delay-us", "-1"], "host_delay_us is -1.0; it must be 0 or more microseconds"),
+        (["-tp", "1"], "the layout TP1 x PP1 needs 1 ranks, but there are 2"),
+        (["--input-len", "500"], "request 0 has 500 prompt tokens, but tiny-opt has 256 positions"),
+        (["--checkpoint", "/nowhere"], "model '/nowhere' is neither a file nor one of"),
+    ],
+)
+def test_mistakes_are_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *SHORT, *flags]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("weft: error: ")
+    assert message in errors[0]
+
+
+def test_settings_for_torchrun_are_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    assert main(["run", *SHORT, "--write-settings", str(path)]) == 0
+    assert "torchrun --nproc-per-node 2 -m executor --settings" in capsys.readouterr().out
+    assert _result(path)["runs"][0]["options"]["slo_us"] == "inf"
