@@ -1,8 +1,8 @@
 """Everything that the executor claims, checked and measured on GPUs: correctness, speed, ablation, host time.
 
 `python benchmarks/gpu_suite.py --out results.jsonl` runs all parts in both link modes (as the node is, and host-staged
-by NCCL_P2P_DISABLE=1), each part in processes of its own with a time limit, and writes a JSON line per measurement as it
-comes. `--dry-run` does the same with two CPU processes and tiny models, to see that every part works; its times mean
+by NCCL_P2P_DISABLE=1), each part in processes of its own with a time limit, and writes a JSON line per measurement as
+it comes. `--dry-run` does the same with two CPU processes and tiny models, to see that every part works; its times mean
 nothing. Needs torch, numpy and msgspec, nothing else of the simulator's.
 """
 

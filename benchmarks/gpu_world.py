@@ -91,6 +91,11 @@ class Suite:
         scale = (count - 1) / rate * 1e6 / span_us if span_us else 1.0
         return tuple(replace(request, arrival_us=request.arrival_us * scale) for request in trace.requests)
 
+    def pairs(self, count: int, rate: float) -> tuple[Request, ...]:
+        """As the published artifact has them: each of its requests is a batch of two of one length. `rate`: pairs/s."""
+        singles = self.arrivals(count, rate)
+        return tuple(replace(r, request_id=2 * r.request_id + twin) for r in singles for twin in (0, 1))
+
 
 def _load(path: Path) -> dict[int, Any]:
     with np.load(path) as file:

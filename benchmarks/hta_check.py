@@ -1,7 +1,8 @@
 """Our overlap of communication with computation against Holistic Trace Analysis (HTA), from the same timelines.
 
-Makes timelines of a few policies and nodes as `weft simulate --timeline` does, asks HTA (in an environment of its own, as
-it is large) for the overlap of every rank, and compares: `make hta-check`. Exit code 1 where they differ by over 1 %.
+Makes timelines of a few policies and nodes as `weft simulate --timeline` does, asks HTA (in an environment of its own,
+as it is large) for the overlap of every rank, and compares them: `make hta-check`.
+Exit code 1 where they differ by more than 1 %.
 """
 
 from __future__ import annotations

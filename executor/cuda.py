@@ -19,6 +19,16 @@ def new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
     return cast(torch.cuda.Stream, _cuda.Stream(device, priority=priority))
 
 
+def partition_stream(context: Any) -> torch.cuda.Stream:
+    """A stream on which kernels get the SMs of a green context alone."""
+    found: Any = context.Stream()
+    if isinstance(found, torch.cuda.Stream):
+        return found
+    # Some versions give the general kind of stream, which CUDA events do not take.
+    ids = {"stream_id": found.stream_id, "device_index": found.device_index, "device_type": found.device_type}
+    return cast(torch.cuda.Stream, _cuda.Stream(**ids))
+
+
 def priorities() -> tuple[int, int]:
     """The least and the most urgent priority."""
     least, greatest = _cuda.Stream.priority_range()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Protocol
 
 from executor.groups import Groups
@@ -16,7 +17,7 @@ from executor.order import OrderLog
 from executor.recorder import Piece
 from executor.slots import Slot
 from executor.weights import Weights
-from models.kernel import FunctionVector
+from models.kernel import Fragment, FunctionVector
 from models.transformer import BatchShape
 from policy.batch import Batch
 from policy.round import Lane, Launch, Mark
@@ -85,6 +86,7 @@ class Device:
         self.flights: dict[int, InFlight] = {}
         self.order = OrderLog()
         self._tails: dict[Lane, Ticket] = {}
+        self._bodies: dict[tuple[int, BatchShape, int, int, int], Body] = {}
         self._capturing = False
 
     # -- batches ----------------------------------------------------------------------------------------------------
@@ -137,9 +139,7 @@ class Device:
 
     def _pieces(self, launch: Launch, vector: FunctionVector) -> list[tuple[int, int]]:
         """The range as one graph where that can be, otherwise cut where communication begins and ends."""
-        kernels = vector.kernels
-        mixed = any(k.is_communication != kernels[launch.first].is_communication
-                    for k in kernels[launch.first : launch.last])  # fmt: skip
+        mixed = vector.run_end[launch.first] < launch.last
         if not mixed or (launch.captured and self._graphs() is not None and not self.split):
             return [(launch.first, launch.last)]
         pieces, start = [], launch.first
@@ -182,60 +182,50 @@ class Device:
         round_id: int,
     ) -> Ticket:
         first, last = span
-        kernels = flight.vector.kernels[first:last]
-        body = self._body(flight, launch, first, last)
-        comm, opaque = kernels[0].is_communication, False
+        vector, shape, slot = flight.vector, flight.batch.shape, flight.batch.slot
+        opaque = vector.run_end[first] < last
+        comm = vector.kernels[first].is_communication and not opaque
         key = COMM_KEY if comm else StreamKey(launch.lane, launch.withheld_sms)
-        occupied = {launch.lane, Lane.COMM} if comm else {launch.lane}
-        if any(k.is_communication for k in kernels) and not comm:
-            occupied.add(Lane.COMM)
-            opaque = True
-        graphs = self._graphs()
+        occupied = {launch.lane, Lane.COMM} if comm or opaque else {launch.lane}
+        body, graphs = self._body(flight, launch, first, last), self._graphs()
         if launch.captured and graphs is not None and not comm and last - first > 1:
-            captured = (flight.batch.slot, flight.batch.shape, first, last, launch.max_ctas)
-            replayed = body
-
-            def body() -> None:
-                graphs.run((*captured, key), key, replayed, collectives=opaque)
-
-        before, after = around
-        ticket = self._run(key, occupied, waits, _in_turn(before, body, after))
-        name = kernels[0].name if last - first == 1 else f"{kernels[0].name}..{kernels[-1].name}"
+            body = partial(graphs.run, (slot, shape, first, last, launch.max_ctas, key), key, body, collectives=opaque)
+        if comm or opaque:
+            self._log(flight, launch, first, last)
+        ticket = self._run(key, occupied, waits, _in_turn(around[0], body, around[1]))
         flight.pieces.append(
-            Piece(ticket, name, str(key.lane), comm, opaque, launch.batch_id, first, round_id, last - first,
-                  self.parts.clock.now_us())
+            Piece(ticket, _name(vector, first, last), str(key.lane), comm, opaque, launch.batch_id, first, round_id,
+                  last - first, self.parts.clock.now_us())
         )  # fmt: skip
         return ticket
 
     def _body(self, flight: InFlight, launch: Launch, first: int, last: int) -> Body:
-        """What the lane runs; collectives are entered in the order log now, for issue order is what must agree."""
-        operations, part, groups = flight.operations[first:last], launch.fragment, self.parts.groups
-        calls: list[Body] = []
-        for index, operation in enumerate(operations, first):
-            if isinstance(operation, Collective):
-                self._log(flight, launch, index, operation)
-                calls.append(_call(groups, operation, launch))
-            elif part is None:
-                calls.append(operation)
-            else:
-                calls.append(_partial(operation, launch))
-        if len(calls) == 1:
-            return calls[0]
-
-        def body() -> None:
-            for call in calls:
-                call()
-
+        """What the lane runs. Whole ranges recur at every batch in a slot; cuts are as many as the policy likes."""
+        if launch.fragment is not None:
+            return _calls(self.parts.groups, flight.operations[first:last], launch.fragment, launch.max_ctas)
+        key = (flight.batch.slot, flight.batch.shape, first, last, launch.max_ctas)
+        body = self._bodies.get(key)
+        if body is None:
+            body = _calls(self.parts.groups, flight.operations[first:last], None, launch.max_ctas)
+            self._bodies[key] = body
         return body
 
-    def _log(self, flight: InFlight, launch: Launch, index: int, operation: Collective) -> None:
-        kernel, part, groups = flight.vector.kernels[index], launch.fragment, self.parts.groups
-        buffer = operation.chunk(part)
-        # Both ends of an edge see one transfer.
-        what = "transfer " + kernel.name.split("_", 1)[1] if operation.group != "tp" else f"{kernel.name} {index}"
-        text = f"{what} of batch {launch.batch_id} part {part}"
-        self.order.add(groups.name(operation), text, buffer.numel(), str(buffer.dtype))
-        self.order.add(groups.stage_name, f"{operation.group} {text}", buffer.numel(), str(buffer.dtype))
+    def _log(self, flight: InFlight, launch: Launch, first: int, last: int) -> None:
+        """Note the collectives of a range now: the order in which they are issued is what ranks must agree on."""
+        for index in range(first, last):
+            operation = flight.operations[index]
+            if isinstance(operation, Collective):
+                self._note(flight, operation, index, launch.fragment)
+
+    def _note(self, flight: InFlight, operation: Collective, index: int, part: Fragment | None) -> None:
+        groups, batch_id = self.parts.groups, flight.batch.batch_id
+        name, buffer = flight.vector.kernels[index].name, operation.chunk(part)
+        about = (buffer.numel(), buffer.dtype)
+        if operation.group == "tp":
+            self.order.note((groups.name(operation), groups.stage_name), (name, index, batch_id, part), *about)
+        else:  # both ends of an edge see one transfer, where each end sees a send or a receive
+            self.order.note((groups.name(operation),), ("transfer", name.partition("_")[2], batch_id), *about)
+            self.order.note((groups.stage_name,), (name, index, batch_id), *about)
 
     def _run(self, key: StreamKey, occupied: set[Lane], waits: Sequence[Ticket], work: Body) -> Ticket:
         """Behind the tickets, and behind everything on the lanes that the work occupies."""
@@ -266,13 +256,28 @@ class Device:
             self.parts.lanes.synchronize(ticket)
 
 
-def _call(groups: Groups, operation: Collective, launch: Launch) -> Body:
-    return lambda: groups.call(operation, launch.fragment, launch.max_ctas)
+@lru_cache(maxsize=65536)
+def _name(vector: FunctionVector, first: int, last: int) -> str:
+    kernels = vector.kernels
+    return kernels[first].name if last - first == 1 else f"{kernels[first].name}..{kernels[last - 1].name}"
 
 
-def _partial(operation: Operation, launch: Launch) -> Body:
-    assert not isinstance(operation, Collective)
-    return lambda: operation(launch.fragment)
+def _calls(groups: Groups, operations: list[Operation], part: Fragment | None, max_ctas: int) -> Body:
+    """Operations one after the other."""
+    calls: list[Body] = [
+        partial(groups.call, operation, part, max_ctas)
+        if isinstance(operation, Collective)
+        else partial(operation, part)
+        for operation in operations
+    ]
+    if len(calls) == 1:
+        return calls[0]
+
+    def body() -> None:
+        for call in calls:
+            call()
+
+    return body
 
 
 def _in_turn(before: Body | None, body: Body, after: Body | None) -> Body:

@@ -25,18 +25,20 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Who this process is: its rank among all, the backend, its device, and the timeout of the world."""
+    """Who this process is: its rank among all, the backend, its device, the timeout of the world, and who
+    started it: our launcher or another."""
 
     rank: int
     num_ranks: int
     backend: Backend
     device: torch.device
     timeout_s: float
+    launched: bool = True
 
     @property
     def patience(self) -> timedelta:
-        """How long a collective may take: longer than the launcher waits, who can tell which rank is at fault."""
-        return timedelta(seconds=1.5 * self.timeout_s)
+        """How long a collective may take: longer than our launcher waits, for it can tell which rank is at fault."""
+        return timedelta(seconds=(1.5 if self.launched else 1.0) * self.timeout_s)
 
 
 def device_of(backend: Backend, local_rank: int) -> torch.device:

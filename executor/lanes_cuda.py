@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from executor.cuda import elapsed_us, has_ended, hold, new_event, new_stream, priorities
+from executor.cuda import elapsed_us, has_ended, hold, new_event, new_stream, partition_stream, priorities
 from executor.lanes import Clock, StreamKey, Ticket, Work, random_delays
 from policy.round import Lane
 
@@ -37,7 +37,7 @@ class CudaLanes:
     def __init__(self, device: torch.device, *, priority: bool, timing: bool = True) -> None:
         self.device, self.timing, self.spin = device, timing, False
         least, greatest = priorities()
-        self._streams: dict[StreamKey, Any] = {}
+        self._streams: dict[StreamKey, torch.cuda.Stream] = {}
         for lane in Lane:
             level = round(least + URGENCY[lane] * (greatest - least)) if priority else 0
             self._streams[StreamKey(lane)] = new_stream(device, level)
@@ -56,8 +56,8 @@ class CudaLanes:
         """The stream of a lane under a partition."""
         stream = self._streams.get(key)
         if stream is None:
-            stream = self._streams[key] = self._partition(key.withheld_sms).Stream()
-        return stream  # type: ignore[no-any-return]
+            stream = self._streams[key] = partition_stream(self._partition(key.withheld_sms))
+        return stream
 
     def _partition(self, withheld_sms: int) -> Any:
         """The green context of all SMs but these. Both compute lanes share it, as they share the SMs."""
@@ -145,7 +145,8 @@ class CudaLanes:
     def rebase(self) -> None:
         """Tie the device's clock to the host's. Event times are 32-bit milliseconds: a base too old costs precision."""
         torch.cuda.synchronize(self.device)
-        self._base = new_event(timing=True)
+        # Not a blocking event: the time that a sleeping host takes to wake up would be an error of the clock.
+        self._base = new_event(timing=True, blocking=False)
         self._base.record(self.stream(StreamKey(Lane.COMPUTE)))
         self._base.synchronize()
         self._base_us = self._clock.now_us()

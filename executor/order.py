@@ -1,62 +1,84 @@
-"""Rolling hashes: of the collectives as ranks issued them (unequal orders hang or sum wrong data), and of the rounds."""
+"""Rolling hashes: of collectives as ranks issued them (unequal orders hang or sum wrong data), and of the rounds."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from policy.round import Round
 
 DIGEST_BYTES = 8
+# Steps that are kept of a group, and operations that wait to be hashed.
+KEPT, HELD_BACK = 100_000, 20_000
+
+
+@dataclass(slots=True)
+class Chain:
+    """The rolling hash of one group: how many operations, the hash behind the last, and the first `KEPT` steps."""
+
+    count: int = 0
+    last: str = ""
+    steps: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class OrderLog:
     """What one rank issued, group by group: a rolling hash after every operation.
 
-    The hash covers (sequence, group, operation, size, type); `operation` names kind, batch, kernel and chunk, so that
-    two collectives of one size that trade places are told apart. All steps are kept, so that the first difference can
-    be named. A group is named by a word and its ranks: "tp 0,1".
+    The hash covers (sequence, group, operation, size, type); an operation is named with its batch, kernel and chunk, so
+    that two collectives of one size that trade places are told apart. Many steps are kept, so that the first difference
+    can be named. A group is named by a word and its ranks: "tp 0,1".
     """
 
-    steps: dict[str, list[str]] = field(default_factory=dict)
+    chains: dict[str, Chain] = field(default_factory=dict)
+    _noted: list[tuple[tuple[str, ...], tuple[object, ...]]] = field(default_factory=list)
 
-    def add(self, group: str, operation: str, num_elements: int, dtype: str) -> None:
-        """One more operation on a group."""
-        steps = self.steps.setdefault(group, [])
-        before = steps[-1] if steps else ""
-        text = f"{before}/{len(steps)}/{group}/{operation}/{num_elements}/{dtype}"
-        steps.append(hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest())
+    def note(self, groups: tuple[str, ...], operation: object, num_elements: int, dtype: object) -> None:
+        """One more operation on some groups. It is hashed later: the main loop has other things to do."""
+        self._noted.append((groups, (operation, num_elements, dtype)))
+        if len(self._noted) >= HELD_BACK:
+            self.settle()
 
-    def digests(self) -> dict[str, str]:
-        """The last hash of every group."""
-        return {group: steps[-1] for group, steps in self.steps.items()}
+    def settle(self) -> dict[str, Chain]:
+        """Hash what was noted; the chains of all groups."""
+        for groups, what in self._noted:
+            text = str(what)
+            for group in groups:
+                chain = self.chains.setdefault(group, Chain())
+                step = f"{chain.last}/{chain.count}/{group}/{text}".encode()
+                chain.last = hashlib.blake2b(step, digest_size=DIGEST_BYTES).hexdigest()
+                chain.count += 1
+                if chain.count <= KEPT:
+                    chain.steps.append(chain.last)
+        self._noted.clear()
+        return self.chains
 
 
-def compare(logs: Sequence[OrderLog]) -> str:
+def compare(ranks: Sequence[Mapping[str, Chain]]) -> str:
     """The hash of the whole world's order, if all ranks of every group agree.
 
     Raises ValueError naming the ranks, the group and the first sequence number that differs.
     """
     combined = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for group in sorted({group for log in logs for group in log.steps}):
+    for group in sorted({group for chains in ranks for group in chains}):
         members = [int(rank) for rank in group.split()[1].split(",")]
-        first = logs[members[0]].steps.get(group, [])
+        first = ranks[members[0]].get(group, Chain())
         for rank in members[1:]:
-            other = logs[rank].steps.get(group, [])
-            if other != first:
+            other = ranks[rank].get(group, Chain())
+            if (other.count, other.last) != (first.count, first.last):
                 raise ValueError(_difference(group, (members[0], first), (rank, other)))
-        combined.update(f"{group}:{first[-1]}".encode())
+        combined.update(f"{group}:{first.last}".encode())
     return combined.hexdigest()
 
 
-def _difference(group: str, one: tuple[int, list[str]], two: tuple[int, list[str]]) -> str:
-    pairs = zip(one[1], two[1], strict=False)
-    number = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one[1]), len(two[1])))
+def _difference(group: str, one: tuple[int, Chain], two: tuple[int, Chain]) -> str:
+    pairs = zip(one[1].steps, two[1].steps, strict=False)
+    shorter = min(len(one[1].steps), len(two[1].steps))
+    number = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
     return (
         f"ranks {one[0]} and {two[0]} issued collectives of group {group} in different orders: the first difference is "
-        f"number {number} of {len(one[1])} and {len(two[1])}"
+        f"number {number} of {one[1].count} and {two[1].count}"
     )
 
 
@@ -65,8 +87,6 @@ class RoundsHash:
 
     __slots__ = ("_hash", "_waiting")
 
-    HELD_BACK = 20_000
-
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
         self._waiting: list[Round] = []
@@ -74,7 +94,7 @@ class RoundsHash:
     def add(self, round_: Round) -> None:
         """The next round of the list."""
         self._waiting.append(round_)
-        if len(self._waiting) >= self.HELD_BACK:
+        if len(self._waiting) >= HELD_BACK:
             self.digest()
 
     def digest(self) -> str:

@@ -30,7 +30,7 @@ def serve(args: argparse.Namespace, status: Status, work: Work = Session.run_all
         raise ValueError(f"the layout needs {settings.num_ranks} ranks, but {num_ranks} were started")
     torch.set_num_threads(1)
     device = device_of(settings.backend, args.rank if launched else int(os.environ.get("LOCAL_RANK", "0")))
-    place = Place(args.rank, num_ranks, settings.backend, device, settings.timeout_s)
+    place = Place(args.rank, num_ranks, settings.backend, device, settings.timeout_s, launched)
     status.enter("join")
     if launched and settings.bind_address.startswith("127."):
         stay_on_loopback()

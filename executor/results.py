@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from executor.order import Chain
 from policy.scheduler import Admission
 from traces.files import write_whole
 from traces.timeline import Completion, Span, Timeline
@@ -42,7 +43,7 @@ class Report(msgspec.Struct):
 
     busy: Busy
     host: HostTime
-    order: dict[str, list[str]]
+    order: dict[str, Chain]
     rounds_hash: str
     spans: list[Span]
     completions: list[Completion]

@@ -8,7 +8,7 @@ import numpy as np
 
 from executor.execute import Driver
 from executor.mail import Mail
-from executor.order import OrderLog, compare
+from executor.order import compare
 from executor.results import Output, Report
 from traces.timeline import Timeline
 
@@ -17,7 +17,7 @@ def report_of(driver: Driver) -> Report:
     """What this rank has to say."""
     outputs = driver.device.parts.outputs
     return Report(
-        driver.recorder.busy(np.array(driver.entered_idle_us)), driver.host, driver.device.order.steps,
+        driver.recorder.busy(np.array(driver.entered_idle_us)), driver.host, driver.device.order.settle(),
         driver.rounds.digest(), driver.recorder.spans, driver.recorder.completions, outputs.hashes,
         outputs.checksum() if outputs.hashes else "", outputs.num_wrong,
     )  # fmt: skip
@@ -36,7 +36,7 @@ def summarize(driver: Driver, mail: Mail, wall_s: float, about: dict[str, Any]) 
             raise ValueError(f"ranks 0 and {rank} planned different rounds from the same admissions")
         if report.num_wrong:
             raise ValueError(f"rank {rank} computed {report.num_wrong} logits that are not finite numbers")
-    order_hash = compare([OrderLog(report.order) for report in reports])
+    order_hash = compare([report.order for report in reports])
     output = next((report for report in reports if report.completions), reports[0])
     return Output(
         timeline=_timeline(driver, reports), log=driver.log, num_ranks=len(reports), rounds_hash=output.rounds_hash,

@@ -10,13 +10,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from executor.launch import WorldError, launch
 from executor.results import Output, read_output
-from executor.settings import RunSettings, Settings, encode
+from executor.settings import RunSettings, Settings, decode, encode
 from models.config import ModelConfig, load_model
 from models.transformer import Layout
+from policy.profile_table import profile_from
+from policy.scheduler import Admission
+from sim.believe import profile_of
+from sim.replay import Replayed, replay
+from sim.simulate import Simulation
+from sim.spec import load_node
 from traces.metrics import metrics
-from weft.runs import Run, RunConfig, changed_options, check_lengths, layout_of, make_requests, options_for
+from weft.runs import (
+    Run,
+    RunConfig,
+    changed_options,
+    check_lengths,
+    draw_requests,
+    layout_of,
+    make_requests,
+    make_scheduler,
+    options_for,
+)
 
 # What a policy may withhold from compute and give to collectives on a GPU; which it takes, it decides by regime.
 GPU_PARTITIONS = (0, 8, 16, 24, 32)
@@ -92,16 +110,17 @@ def settings_of(config: RunConfig, world: World, output: Path, *, record: bool =
 
 def execute(
     config: RunConfig, world: World, *, record: bool = False, progress: Callable[[int], object] = lambda finished: None
-) -> tuple[Run, Output]:
-    """Run it on real ranks. Raises ValueError if it is not possible, WorldError if a rank fails.
+) -> tuple[Run, dict[str, Any]]:
+    """Run it on real ranks; returns the result, and the details for a file.
 
-    After a failure the requests that were answered before are kept, and the message says where.
+    Raises ValueError if it is not possible, WorldError if a rank fails. The requests that were answered before a
+    failure or an interrupt are kept, and the message says where.
     """
     output = Path(tempfile.mkdtemp(prefix="weft-run-"))
-    settings = settings_of(config, world, output, record=record)
     completions = output / "completions.jsonl"
     kept = False
     try:
+        settings = settings_of(config, world, output, record=record)
         launch(settings, progress)
         finished = read_output(str(output), 0)
     except (WorldError, KeyboardInterrupt) as error:
@@ -110,7 +129,7 @@ def execute(
         raise type(error)(why + (f"; the answered requests are in {completions}" if kept else "")) from None
     finally:
         _remove(output, completions if kept else None)
-    return run_of(config, settings, finished), finished
+    return run_of(config, settings, finished), detailed_run(settings, finished)
 
 
 def _remove(folder: Path, kept: Path | None) -> None:
@@ -164,6 +183,7 @@ def _describe(config: RunConfig, settings: Settings, output: Output) -> dict[str
         "pipeline_parallel_size": layout.pp,
         "dataset_name": config.dataset_name,
         "num_prompts": len(run.requests),
+        "num_shortened": draw_requests(config)[1],
         "input_len": config.input_len if config.dataset_name == "random" else "",
         "request_rate": config.request_rate,
         "burstiness": config.burstiness,
@@ -175,7 +195,26 @@ def _describe(config: RunConfig, settings: Settings, output: Output) -> dict[str
     }
 
 
-def detailed_run(output: Output) -> dict[str, Any]:
-    """What the simulator needs to replay the run: what entered before which round, and what the policy believed."""
-    log = [{"round_id": entry.round_id, "now_us": entry.now_us, "batches": entry.batches} for entry in output.log]
-    return {"admission_log": log, "profile": output.profile}
+def detailed_run(settings: Settings, output: Output) -> dict[str, Any]:
+    """What the simulator needs to replay the run: its settings, what entered before which round, what was believed."""
+    return {
+        "settings": msgspec.json.decode(encode(settings)),
+        "admission_log": msgspec.to_builtins(output.log),
+        "profile": output.profile,
+    }
+
+
+def replay_result(path: Path, node: str) -> Replayed:
+    """Run in the simulator, on one of its nodes, what a real run admitted; `path` is a result saved with details.
+
+    The rounds are those of the real run, the times the simulated node's.
+    """
+    saved = msgspec.json.decode(path.read_bytes())
+    if not isinstance(saved, dict) or "admission_log" not in saved:
+        raise ValueError(f"{path}: it has no log of admissions; save the run with --save-detailed")
+    run = decode(msgspec.json.encode(saved["settings"]), str(path)).runs[0]
+    log = msgspec.convert(saved["admission_log"], list[Admission])
+    profile = profile_from(saved["profile"]) if saved["profile"] else profile_of(load_node(node))
+    config = RunConfig(policy=run.policy, options=run.options)
+    scheduler = make_scheduler(config, run.model, run.layout, profile)
+    return replay(Simulation(load_node(node), run.layout, scheduler), run.requests, log)

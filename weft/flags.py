@@ -47,6 +47,8 @@ def add_workload_flags(parser: argparse.ArgumentParser, *, several_rates: bool =
     group.add_argument("--burstiness", type=float, metavar="SHAPE", help=burst_help)
     length_help = "prompt tokens: N, LOW:HIGH (uniform), or a file of lengths (default: 16:128)"
     group.add_argument("--input-len", metavar="LEN", help=length_help)
+    longest_help = "shorten longer prompts to N tokens, and say how many were (default: none is)"
+    group.add_argument("--max-input-len", type=int, default=0, metavar="N", help=longest_help)
     names = ("random", *DATASET_NAMES)
     group.add_argument("--dataset-name", choices=names, help="where requests come from (default: random)")
     group.add_argument("--dataset-path", default="", metavar="FILE", help="trace file, plain or gzip")
@@ -93,6 +95,7 @@ def config_of(args: argparse.Namespace, **fields: Any) -> RunConfig:
         num_prompts=args.num_prompts,
         burstiness=1.0 if args.burstiness is None else args.burstiness,
         input_len="16:128" if args.input_len is None else args.input_len,
+        max_input_len=args.max_input_len,
         seed=args.seed,
         options=options_of(args),
         **fields,

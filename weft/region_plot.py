@@ -129,8 +129,9 @@ def _panel(axes: Axes, region: Region, percentile: int, slo_ms: float | None, *,
     if slo_ms is not None:
         axes.axhline(slo_ms, color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=2)
         if large:
-            axes.annotate(f"SLO {slo_ms:g} ms", (0.012, slo_ms), xycoords=("axes fraction", "data"),
-                          xytext=(0, 2.5), textcoords="offset points", fontsize=7.5, color=INK)  # fmt: skip
+            axes.annotate(f"SLO {slo_ms:g} ms", (0.995, slo_ms), xycoords=("axes fraction", "data"), ha="right",
+                          xytext=(0, 3), textcoords="offset points", fontsize=7.5, color=INK,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     if not large:
         axes.set_title(f"P{percentile} (ms)", loc="left", fontsize=8, pad=3)
     _plain_ticks(axes, top / bottom)
@@ -250,8 +251,8 @@ def _words(figure: Figure, region: Region, slo_ms: float | None) -> None:
     patches = [Patch(color=REACHED, label="feasible" if slo_ms is None else "feasible within the SLO")]
     if any(curve.policy in INTERLEAVING for curve in region.curves):
         patches.append(Patch(color=GAINED, label="only with interleaving"))
-    figure.legend(handles=patches, loc="upper right", bbox_to_anchor=(0.99, 0.945), ncols=2, fontsize=8, frameon=False,
-                  handlelength=1.4, handleheight=1.0, columnspacing=1.2)  # fmt: skip
+    figure.legend(handles=patches, loc="upper left", bbox_to_anchor=(0.737, 0.9), fontsize=8, frameon=False,
+                  handlelength=1.4, handleheight=1.0, borderaxespad=0.0, labelspacing=0.35)  # fmt: skip
     notes = [
         "Simulated, not measured. Under each name: requests/s served when all requests wait from the start. Near it, "
         "latency grows with the length of the run.",
@@ -273,6 +274,8 @@ def conditions(region: Region) -> str:
         )
     else:
         requests = f"{row['num_prompts']:,} requests of {Path(place.dataset_path).name}, rate scaled"
+    if row["num_shortened"]:
+        requests += f", {row['num_shortened']:,} of them shortened to {place.max_input_len} tokens"
     # The batch size is said anyway, and the deadline is a line in the picture.
     changed = [item for item in row["policy_options"].split() if not item.startswith(("batch_size=", "slo_us="))]
     return f"{requests}, batch {place.options.batch_size}" + (f"; {', '.join(changed)}" if changed else "")

@@ -24,6 +24,7 @@ def console_block(result: dict[str, Any]) -> str:
         _row("Request rate configured (RPS):", _number(result["request_rate"])),
         _row("Benchmark duration (s):", result["duration"]),
         _row("Total input tokens:", result["total_input_tokens"]),
+        *([_row("Prompts shortened:", result["num_shortened"])] if result["num_shortened"] else []),
         _row("Request throughput (req/s):", result["request_throughput"]),
     ]
     if "request_goodput" in result:

@@ -20,7 +20,6 @@ from weft.simulate_command import (
 )
 
 if TYPE_CHECKING:
-    from executor.results import Output
     from weft.executed import World
     from weft.runs import Run, RunConfig
 
@@ -83,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
         check_writable(file, may_make_folder=file is result_file and args.result_dir is not None)
     if args.write_settings is not None:
         return _write_settings(args, config, world)
-    finished, output = _finish(args, config, world)
+    finished, more = _finish(args, config, world)
     finished.result.update(further_percentiles(finished.timeline, percentiles))
     print(console_block(finished.result))
-    _save(args, finished, output, result_file, extra)
+    _save(args, finished, result_file, extra, more)
     return 0
 
 
@@ -102,8 +101,8 @@ def _world(args: argparse.Namespace) -> World:
     )  # fmt: skip
 
 
-def _finish(args: argparse.Namespace, config: RunConfig, world: World) -> tuple[Run, Output]:
-    from weft.executed import execute, run_of, settings_of
+def _finish(args: argparse.Namespace, config: RunConfig, world: World) -> tuple[Run, dict[str, Any]]:
+    from weft.executed import detailed_run, execute, run_of, settings_of
     from weft.progress import bar
     from weft.runs import make_requests
 
@@ -112,7 +111,8 @@ def _finish(args: argparse.Namespace, config: RunConfig, world: World) -> tuple[
         from executor.results import read_output
 
         output = read_output(str(args.read_output), 0)
-        return run_of(config, settings_of(config, world, args.read_output, record=record), output), output
+        settings = settings_of(config, world, args.read_output, record=record)
+        return run_of(config, settings, output), detailed_run(settings, output)
     with bar(len(make_requests(config)), "requests", disable=args.disable_tqdm) as progress:
         return execute(config, world, record=record, progress=progress.update)
 
@@ -146,9 +146,8 @@ def _result_file(args: argparse.Namespace, config: RunConfig, world: World) -> P
 
 
 def _save(
-    args: argparse.Namespace, finished: Run, output: Output, result_file: Path | None, extra: dict[str, Any]
+    args: argparse.Namespace, finished: Run, result_file: Path | None, extra: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    from weft.executed import detailed_run
     from weft.report import encode
 
     saved: list[Path] = []
@@ -157,7 +156,7 @@ def _save(
 
         saved += write_chrome_trace(finished.timeline, args.timeline)
     if result_file is not None:
-        details = detailed(finished.timeline) | detailed_run(output) if args.save_detailed else {}
+        details = detailed(finished.timeline) | more if args.save_detailed else {}
         save(result_file, encode(extra | details | finished.result), append=args.append_result)
         saved.append(result_file)
     for path in saved:

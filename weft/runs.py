@@ -28,7 +28,7 @@ from traces.request import Request
 from traces.synthetic import SyntheticSpec, synthetic_trace
 from traces.timeline import Span, Timeline
 from traces.trace import Trace
-from traces.transform import limit, scale_rate
+from traces.transform import clip_lengths, limit, scale_rate
 
 DatasetName = Literal["random", "auto", "azure", "mooncake", "burstgpt", "csv"]
 
@@ -38,6 +38,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     `dataset_name` random: `num_prompts` arrivals at `request_rate` with lengths `input_len`. Otherwise a trace file, of
     which the first `num_prompts` requests are taken (0: all) and whose rate is scaled to `request_rate` (0: kept).
+    Prompts longer than `max_input_len` tokens are shortened to it (0: never).
     """
 
     model: str = "glm-130b"
@@ -51,6 +52,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     request_rate: float = 20.0
     burstiness: float = 1.0
     input_len: str = "16:128"
+    max_input_len: int = 0
     seed: int = 0
     options: Options = Options()
 
@@ -60,6 +62,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(f"unknown policy {self.policy!r}; choose from: {', '.join(POLICIES)}")
         if self.dataset_name != "random" and not self.dataset_path:
             raise ValueError(f"dataset {self.dataset_name} needs a file: give --dataset-path")
+        if self.max_input_len < 0:
+            raise ValueError(f"longest input is {self.max_input_len} tokens; it must be 1 or more, or 0 for no limit")
         least = 1 if self.dataset_name == "random" else 0
         if self.num_prompts < least:
             raise ValueError(f"number of prompts is {self.num_prompts}; it must be {least} or more")
@@ -90,7 +94,7 @@ def layout_of(policy: str, num_gpus: int, tp: int = 0, pp: int = 0) -> Layout:
     if policy in ("tensor", "interleaved", "liger-artifact") and layout.pp != 1:
         raise ValueError(f"policy {policy} runs on one stage, but {layout.pp} pipeline stages are asked for")
     if layout.num_ranks > num_gpus:
-        raise ValueError(f"TP{layout.tp} x PP{layout.pp} needs {layout.num_ranks} GPUs, but there are {num_gpus}")
+        raise ValueError(f"TP{layout.tp} x PP{layout.pp} needs {layout.num_ranks} ranks, but there are {num_gpus}")
     return layout
 
 
@@ -100,7 +104,12 @@ def options_for(policy: str, layout: Layout, options: Options) -> Options:
 
 
 def make_requests(config: RunConfig) -> tuple[Request, ...]:
-    """The requests of a run: drawn by seed, or read from a trace.
+    """The requests of a run: drawn by seed, or read from a trace."""
+    return draw_requests(config)[0]
+
+
+def draw_requests(config: RunConfig) -> tuple[tuple[Request, ...], int]:
+    """The requests of a run, and how many of their prompts were shortened.
 
     As `vllm bench serve` does, the gaps that were drawn are scaled so that the run has exactly the rate asked for.
     """
@@ -117,7 +126,10 @@ def make_requests(config: RunConfig) -> tuple[Request, ...]:
         trace = trace.with_arrivals(0.0 * trace.arrivals_us())
     elif rate and own_rate != float("inf"):
         trace = scale_rate(trace, rate / own_rate)
-    return trace.requests
+    if not config.max_input_len:
+        return trace.requests, 0
+    trace, num_shortened = clip_lengths(trace, config.max_input_len)
+    return trace.requests, num_shortened
 
 
 def _rate_of(trace: Trace) -> float:
@@ -151,7 +163,7 @@ def simulate(
     model, node = load_model(config.model), load_node(config.node)
     layout = layout_of(config.policy, node.num_gpus, config.tp, config.pp)
     layout.check(model)
-    requests = make_requests(config)
+    requests, num_shortened = draw_requests(config)
     check_lengths(requests, model)
     scheduler = make_scheduler(config, model, layout, profile_of(node))
     simulation = Simulation(node, layout, scheduler, fidelity, progress)
@@ -161,7 +173,7 @@ def simulate(
     if fidelity.record and not fidelity.exact:
         timeline.spans = _unfold(timeline.spans, layout.tp)
     slo_ms = config.options.slo_us / 1e3
-    result = _describe(config, model, node, layout) | {"num_prompts": len(requests)}
+    result = _describe(config, model, node, layout) | {"num_prompts": len(requests), "num_shortened": num_shortened}
     result |= metrics(timeline, len(requests), slo_ms if slo_ms != float("inf") else None)
     result |= {
         "sim_iterations": timeline.num_batches,
@@ -184,7 +196,7 @@ def check_lengths(requests: tuple[Request, ...], model: ModelConfig) -> None:
     if longest.num_prompt_tokens > model.max_positions:
         raise ValueError(
             f"request {longest.request_id} has {longest.num_prompt_tokens} prompt tokens, but {model.model_id} "
-            f"has {model.max_positions} positions"
+            f"has {model.max_positions} positions; --max-input-len {model.max_positions} shortens such prompts"
         )
 
 

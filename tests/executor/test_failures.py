@@ -186,7 +186,10 @@ def test_ranks_that_were_told_different_things(tmp_path: Path) -> None:
 def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     before = set(_ranks_running())
     command = [sys.executable, "-m", "weft.cli", "run", "--num-prompts", "500", "--request-rate", "10"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     _wait_for(lambda: len(set(_ranks_running()) - before) >= 2)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
@@ -199,7 +202,10 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     before = set(_ranks_running())
     command = [sys.executable, "-m", "weft.cli", "run", "--num-prompts", "500", "--request-rate", "10"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
     _wait_for(lambda: len(set(_ranks_running()) - before) >= 2)
     process.kill()
     process.wait()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.launch import WorldError
-from executor.order import OrderLog, compare
+from executor.order import Chain, OrderLog, compare
 from models.transformer import Layout
 from policy.options import Options
 from tests.executor import faulty_rank
@@ -20,11 +20,11 @@ from tests.executor.worlds import requests, run_of, run_world
 STEPS = st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(1, 3)), min_size=1, max_size=12)
 
 
-def _log(steps: list[tuple[str, int]], group: str = "tp 0,1") -> OrderLog:
+def _log(steps: list[tuple[str, int]], group: str = "tp 0,1") -> dict[str, Chain]:
     log = OrderLog()
     for operation, size in steps:
-        log.add(group, operation, size, "torch.float16")
-    return log
+        log.note((group,), operation, size, "torch.float16")
+    return log.settle()
 
 
 @settings(derandomize=True, deadline=None)
@@ -51,7 +51,7 @@ def test_two_collectives_of_one_size_that_trade_places_are_told_apart() -> None:
 
 def test_a_rank_that_issued_nothing_differs() -> None:
     with pytest.raises(ValueError, match="number 0 of 1 and 0"):
-        compare([_log([("a", 1)]), OrderLog()])
+        compare([_log([("a", 1)]), {}])
 
 
 def test_groups_are_compared_among_their_own_ranks() -> None:
