@@ -27,6 +27,10 @@ COMM = StreamKey(Lane.COMM)
 MAX_SHAPES = 10
 EIGHTHS = (2, 4, 6)
 PAIR_US = 4000.0
+# Host time in units of one small call, as runs on 4 x H200 showed (benchmarks/data/h200-x4-2026-11-21, a call took
+# 32 us): a launch with its events and its bookkeeping took 61 us and more, deciding a round and waking up 48 to 160 us.
+CALLS_PER_LAUNCH = 2.0
+CALLS_PER_ROUND = 3.0
 
 
 class Stopwatch(Protocol):
@@ -84,7 +88,11 @@ class _Bench:
         gemms = [self._sheet(name, p) for name in self._names(lambda k: k.kind is Kind.GEMM) for p in self.partitions]
         others = [self._curve(name, p) for name in self._names(lambda k: k.kind in (Kind.ATTENTION, Kind.ELEMENTWISE))
                   for p in self.partitions]  # fmt: skip
-        return {"gemms": gemms, "others": others, "comms": self._comms(), "launch_us": self.watch.launch_us()}
+        call_us = self.watch.launch_us()
+        return {
+            "gemms": gemms, "others": others, "comms": self._comms(),
+            "launch_us": CALLS_PER_LAUNCH * call_us, "round_us": CALLS_PER_ROUND * call_us,
+        }  # fmt: skip
 
     def _names(self, wanted: Callable[[Kernel], bool]) -> list[str]:
         return list(dict.fromkeys(kernel.name for kernel in self.vectors[0].kernels if wanted(kernel)))

@@ -30,7 +30,7 @@ class Profile:
     `solo_us(kernel, withheld_sms, max_ctas)`: duration alone, microseconds. `contention(compute, comm, withheld_sms,
     max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
     compute and for the CTAs of collectives (0: the library's default, `default_ctas`). `launch_us` is the host's price
-    of one launch.
+    of one launch with its events, `round_us` that of a round besides: deciding, telling, waking up.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Profile:
     ctas: tuple[int, ...] = (0,)
     default_ctas: int = 0
     launch_us: float = 0.0
+    round_us: float = 0.0
     # What policies have worked out from this profile; it goes when the profile goes.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 

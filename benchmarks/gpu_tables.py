@@ -1,0 +1,72 @@
+"""The tables of docs/hardware.md, from the committed measurements. Prints Markdown.
+
+python benchmarks/gpu_tables.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-21"
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of one part; none if it was not measured."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def forward(rows: list[dict[str, Any]]) -> None:
+    """Two batches through a whole forward: replayed serial tensor parallelism against the policy's plan."""
+    print("| link, model × layers, rows | compute | comm. | serial | interleaved | over serial | ideal | efficiency |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if "serial_ms" not in row:
+            continue
+        name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['rows']}"
+        times = [row["compute_ms"], row["comm_ms"], row["serial_ms"], row["plans_ms"]["policy"]]
+        print(f"| {name} | {' | '.join(f'{t:.1f}' for t in times)} | {row['policy_gain']:.2f}× "
+              f"| {row['ideal_gain']:.2f}× | {row['policy_efficiency']:.2f} |")  # fmt: skip
+
+
+def serving(rows: list[dict[str, Any]]) -> None:
+    """Capacity and latency under Poisson arrivals of batches of two."""
+    print("| link, model × layers, policy | offered | batches/s | P50 | P90 | P95 | P99 ms | host µs/launch | rounds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if "policy" not in row:
+            continue
+        name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
+        tail = [row[f"{p}_e2el_ms"] for p in ("median", "p90", "p95", "p99")]
+        print(f"| {name} | {row['rate']:.0f} | {row['batch_throughput']:.1f} | {' | '.join(f'{t:.1f}' for t in tail)} "
+              f"| {row['host_issue_us_per_launch']:.0f} | {row['num_rounds']} |")  # fmt: skip
+
+
+def correct(rows: list[dict[str, Any]]) -> None:
+    """How many checks of which kind passed."""
+    checks: dict[str, list[bool]] = {}
+    for row in rows:
+        if "check" in row:
+            checks.setdefault(row["check"], []).extend([bool(row["ok"])] * row.get("runs", 1))
+    print("| check | passed | of |\n|---|---|---|")
+    for check, passed in checks.items():
+        print(f"| {check} | {sum(passed)} | {len(passed)} |")
+
+
+TABLES = {"correct": correct, "forward": forward, "serving": serving}
+
+
+def main() -> None:
+    """Print every table there is data for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=DATA)
+    folder = parser.parse_args().folder
+    for name, table in TABLES.items():
+        print(f"\n## {name}\n")
+        table([row for path in sorted(folder.glob(f"{name}*.jsonl")) for row in rows_of(path)])
+
+
+if __name__ == "__main__":
+    main()
