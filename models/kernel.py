@@ -171,6 +171,17 @@ class FunctionVector:
         return tuple(ends)
 
     @cached_property
+    def unit_end(self) -> tuple[int, ...]:
+        """For every index, where its unit ends: units are runs cut behind every GEMM, so that a run of a layer is two
+        or so. Drivers capture units as graphs, and policies cut runs between them."""
+        ends, kernels, end = [0] * len(self), self.kernels, len(self)
+        for index in range(len(self) - 1, -1, -1):
+            if index + 1 == self.run_end[index] or kernels[index].kind is Kind.GEMM:
+                end = index + 1
+            ends[index] = end
+        return tuple(ends)
+
+    @cached_property
     def _ranges(self) -> dict[tuple[int, int], tuple[Kernel, ...]]:
         return {}
 

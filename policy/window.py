@@ -149,16 +149,24 @@ def _place_fill(course: Course, index: int) -> bool:
 
 
 def _how_far(course: Course, flight: Flight, gap_us: float) -> int:
-    """The kernels of the fill's segment that fit one after the other."""
-    end, limit, spent = flight.cursor, course.run_end(flight), 0.0
-    while end < limit:
-        kernel = flight.vector.kernels[end]
+    """The kernels of the fill's segment that fit one after the other.
+
+    Drivers replay units as graphs, so a segment is cut between them; within its first unit only if that does not fit
+    and its GEMM may be split.
+    """
+    vector, reach, limit, spent = flight.vector, flight.cursor, course.run_end(flight), 0.0
+    whole = flight.cursor
+    while reach < limit:
+        kernel = vector.kernels[reach]
         cost = course.profile.solo_us(kernel, course.regime.withheld_sms, 0)
         if not _fits(course, kernel, cost, gap_us - spent):
             break
         spent += cost * course.slowdown_of(kernel)
-        end += 1
-    return end
+        reach += 1
+        if reach == limit or reach == vector.unit_end[reach - 1]:
+            whole = reach
+    cuts_anywhere = not course.options.capture or (whole == flight.cursor and course.regime.split)
+    return reach if cuts_anywhere else whole
 
 
 def _fits(course: Course, kernel: Kernel, alone_us: float, gap_us: float) -> bool:

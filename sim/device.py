@@ -129,6 +129,8 @@ class Device:
             return False
         if not any(k.is_communication for k in entry.kernels):
             return True
+        if any(other.blocked for other, _ in self.communicator):
+            return False  # another launch's collective goes on as soon as one of these ends
         return self.foresees_collectives and not self.sms.running and self.communicator[0][0] is entry
 
     def cut_express(self) -> None:
