@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -13,17 +11,18 @@ import torch.distributed as dist
 
 from executor.cuda import elapsed_us, new_event
 from executor.lanes import StreamKey
-from executor.operations import Collective
 from executor.session import Opened, Session
 from executor.settings import RunSettings
+from executor.two_batches import captured, forced, in_words, only, plan, serially, undivided
 from executor.warm_up import Preparation, run_through
 from policy.options import Options
-from policy.round import Lane, Launch
+from policy.round import Lane
 from policy.scheduler import Scheduler
+
+__all__ = ["captured", "only", "two_batches"]
 
 # Every variant is timed in turn, several times over, so that a drift of the clock hits all alike.
 PASSES, PASS_US = 3, 150_000.0
-Body = Callable[[], None]
 
 
 def two_batches(session: Session, opened: Opened) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
     for name, body in (
         ("compute", only(opened, comm=False)),
         ("comm", only(opened, comm=True)),
-        ("serial", _serial(opened)),
+        ("serial", serially(opened)),
     ):
         variants[name] = captured(body, opened, StreamKey(Lane.COMM if name == "comm" else Lane.COMPUTE))
     for name, options in _choices(opened.run):
@@ -82,75 +81,18 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
 
 
 def _choices(run: RunSettings) -> list[tuple[str, Options]]:
-    forced = replace(run.options, adaptive=False)
-    found = [("policy", run.options), ("no decomposition", replace(forced, decomposition="off", chunks=False))]
-    found += [(f"partition {p}, CTAs {c or 'default'}", replace(forced, partition=p, comm_ctas=c))
+    found = [("policy", run.options), ("no decomposition", undivided(run.options))]
+    found += [(f"partition {p}, CTAs {c or 'default'}", forced(run.options, p, c))
               for p in run.partitions if p != 8 for c in run.ctas]  # fmt: skip
     return found
-
-
-def only(opened: Opened, *, comm: bool) -> Body:
-    """The collectives of a forward pass, or everything else."""
-    operations = opened.device.bound(0, opened.shapes[-1])
-    groups = opened.device.parts.groups
-
-    def body() -> None:
-        for operation in operations:
-            if isinstance(operation, Collective) != comm:
-                continue
-            if isinstance(operation, Collective):
-                groups.call(operation)
-            else:
-                operation(None)
-
-    return body
-
-
-def _serial(opened: Opened) -> Body:
-    groups, shape = opened.device.parts.groups, opened.shapes[-1]
-
-    def body() -> None:
-        for slot in (0, 1):
-            for operation in opened.device.bound(slot, shape):
-                if isinstance(operation, Collective):
-                    groups.call(operation)
-                else:
-                    operation(None)
-
-    return body
-
-
-def captured(body: Body, opened: Opened, key: StreamKey) -> torch.cuda.CUDAGraph:
-    """A graph of what the body does, captured on the stream of a lane."""
-    from executor.graphs import capture
-    from executor.lanes_cuda import CudaLanes
-
-    lanes = opened.device.parts.lanes
-    assert isinstance(lanes, CudaLanes)
-    with torch.cuda.stream(lanes.stream(key)):
-        body()
-        torch.cuda.synchronize()
-        graph = capture(torch.cuda.graph_pool_handle(), body)
-    torch.cuda.synchronize()
-    return graph
 
 
 def _planned(opened: Opened, options: Options, notes: dict[str, str]) -> torch.cuda.CUDAGraph:
     """The policy's plan for two batches that enter together, captured over all lanes."""
     from executor.graphs import capture_plan
 
-    scheduler = Scheduler("interleaved", options, opened.profile, opened.scheduler().vectors_of)
-    requests = tuple(replace(r, arrival_us=0.0) for r in opened.run.requests)
-    for batch in scheduler.enter((requests, requests), 0.0):
-        opened.device.enter(batch, 0.0, lambda slot: None)
-    launches: list[Launch] = []
-    while (round_ := scheduler.next_round(0.0)) is not None:
-        launches += round_.launches
-    overlapped = [launch for launch in launches if launch.lane is Lane.FILL]
-    notes["plan"] = (
-        f"{len(launches)} launches, {len(overlapped)} fills, {sum(1 for x in launches if x.fragment)} fragments, "
-        f"withheld {sorted({x.withheld_sms for x in launches})}, CTAs {sorted({x.max_ctas for x in launches})}"
-    )
+    launches = plan(opened, options)
+    notes["plan"] = in_words(launches)
     return capture_plan(opened.device, launches)
 
 

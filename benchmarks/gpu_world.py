@@ -22,7 +22,7 @@ from traces.lengths import Uniform
 from traces.request import Request
 from traces.synthetic import SyntheticSpec, synthetic_trace
 
-GPU_PARTITIONS, GPU_CTAS = (0, 8, 16, 24, 32), (0, 8)
+GPU_PARTITIONS, GPU_CTAS = (0, 8, 16, 24, 32), (0, 8, 16)
 SEED = 1
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Protocol
 
 from executor.groups import Groups
@@ -13,7 +14,7 @@ from executor.inputs import Loader, Outputs
 from executor.kernels import bind
 from executor.lanes import Clock, Lanes, StreamKey, Ticket
 from executor.operations import Collective, Operation
-from executor.order import OrderLog
+from executor.order import OrderLog, OrderNote
 from executor.recorder import Piece
 from executor.slots import Slot
 from executor.weights import Weights
@@ -27,15 +28,36 @@ COMM_KEY = StreamKey(Lane.COMM)
 
 
 class Graphs(Protocol):
-    """A cache of captured ranges. `refused`: streams on which nothing can be captured, and why."""
+    """A cache of captured ranges. `sealed`: no more are made. `refused`: streams on which nothing can be captured, and
+    why."""
 
+    sealed: bool
     refused: dict[StreamKey, str]
 
     def __len__(self) -> int:
         """How many are captured."""
 
-    def run(self, key: tuple[object, ...], stream: StreamKey, body: Body, *, collectives: bool) -> None:
-        """Run the range on the current stream: as a graph where there is one, else as it is."""
+    def holds(self, key: tuple[object, ...]) -> bool:
+        """Whether this range is captured."""
+
+    def replay(self, key: tuple[object, ...], stream: StreamKey, body: Body, *, collectives: bool) -> Body:
+        """What runs the range on the current stream: as a graph where there is one, else as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A range of one shape in one slot, ready to be run: made once, at its first use.
+
+    `notes`: what the order log is told of its collectives. `opaque`: a graph with collectives inside.
+    """
+
+    work: Body
+    key: StreamKey
+    occupied: tuple[Lane, ...]
+    is_communication: bool
+    opaque: bool
+    name: str
+    notes: tuple[OrderNote, ...]
 
 
 @dataclass(slots=True)
@@ -47,6 +69,7 @@ class InFlight:
     slot: Slot
     vector: FunctionVector
     operations: list[Operation]
+    ready: dict[tuple[object, ...], Ready]
     prepare: Body
     points: list[tuple[int, float]] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
@@ -86,7 +109,7 @@ class Device:
         self.flights: dict[int, InFlight] = {}
         self.order = OrderLog()
         self._tails: dict[Lane, Ticket] = {}
-        self._bodies: dict[tuple[int, BatchShape, int, int, int], Body] = {}
+        self._ready: dict[tuple[int, BatchShape], dict[tuple[object, ...], Ready]] = {}
         self._capturing = False
 
     # -- batches ----------------------------------------------------------------------------------------------------
@@ -100,6 +123,7 @@ class Device:
             slot,
             batch.vectors[self.stage],
             self.bound(batch.slot, batch.shape),
+            self._ready.setdefault((batch.slot, batch.shape), {}),
             lambda: prepare(slot),
         )
 
@@ -154,6 +178,12 @@ class Device:
         assert not self.flights
         self.order = OrderLog()
 
+    def seal(self, *, sealed: bool) -> None:
+        """From now on (or not any more), what is not captured yet runs as it is: a capture would hold up a run."""
+        if self.parts.graphs is not None:
+            self.parts.graphs.sealed = sealed
+        self._ready.clear()
+
     def begin_capture(self) -> None:
         """What is issued from now on goes into one graph: no graphs inside it, and no waits for what was before."""
         self._capturing = True
@@ -182,58 +212,108 @@ class Device:
         round_id: int,
     ) -> Ticket:
         first, last = span
-        vector, shape, slot = flight.vector, flight.batch.shape, flight.batch.slot
-        opaque = vector.run_end[first] < last
-        comm = vector.kernels[first].is_communication and not opaque
-        key = COMM_KEY if comm else StreamKey(launch.lane, launch.withheld_sms)
-        occupied = {launch.lane, Lane.COMM} if comm or opaque else {launch.lane}
-        body, graphs = self._body(flight, launch, first, last), self._graphs()
-        if launch.captured and graphs is not None and not comm and last - first > 1:
-            body = partial(graphs.run, (slot, shape, first, last, launch.max_ctas, key), key, body, collectives=opaque)
-        if comm or opaque:
-            self._log(flight, launch, first, last)
-        ticket = self._run(key, occupied, waits, _in_turn(around[0], body, around[1]))
+        where = (first, last, launch.lane, launch.withheld_sms, launch.max_ctas, launch.fragment)
+        ready = flight.ready.get(where)
+        if ready is None or self._capturing:
+            ready = self._make_ready(flight.batch, launch, first, last)
+            if not self._capturing:
+                flight.ready[where] = ready
+        if ready.notes:
+            self.order.note(ready.notes, launch.batch_id)
+        work = ready.work if around == _NOTHING_AROUND else _in_turn(around[0], ready.work, around[1])
+        ticket = self._run(ready.key, ready.occupied, waits, work)
         flight.pieces.append(
-            Piece(ticket, _name(vector, first, last), str(key.lane), comm, opaque, launch.batch_id, first, round_id,
-                  last - first, self.parts.clock.now_us())
+            Piece(ticket, ready.name, ready.key.lane, ready.is_communication, ready.opaque, launch.batch_id, first,
+                  round_id, last - first, self.parts.clock.now_us())
         )  # fmt: skip
         return ticket
 
-    def _body(self, flight: InFlight, launch: Launch, first: int, last: int) -> Body:
-        """What the lane runs. Whole ranges recur at every batch in a slot; cuts are as many as the policy likes."""
-        if launch.fragment is not None:
-            return _calls(self.parts.groups, flight.operations[first:last], launch.fragment, launch.max_ctas)
-        key = (flight.batch.slot, flight.batch.shape, first, last, launch.max_ctas)
-        body = self._bodies.get(key)
-        if body is None:
-            body = _calls(self.parts.groups, flight.operations[first:last], None, launch.max_ctas)
-            self._bodies[key] = body
-        return body
+    def _make_ready(self, batch: Batch, launch: Launch, first: int, last: int) -> Ready:
+        vector = batch.vectors[self.stage]
+        opaque = vector.run_end[first] < last
+        comm = vector.kernels[first].is_communication and not opaque
+        key = COMM_KEY if comm else StreamKey(launch.lane, launch.withheld_sms)
+        occupied = tuple(lane for lane in Lane if lane is launch.lane or (lane is Lane.COMM and (comm or opaque)))
+        span = (first, last)
+        if launch.captured and not comm and last - first > 1 and self._graphs() is not None:
+            calls = self._replays(batch, key, span, launch.max_ctas)
+        else:
+            calls = self._calls(batch, span, launch.fragment, launch.max_ctas)
+        notes = tuple(self._notes(batch, first, last, launch.fragment)) if comm or opaque else ()
+        return Ready(_one(calls), key, occupied, comm, opaque, _name(vector, first, last), notes)
 
-    def _log(self, flight: InFlight, launch: Launch, first: int, last: int) -> None:
-        """Note the collectives of a range now: the order in which they are issued is what ranks must agree on."""
+    # -- bodies -----------------------------------------------------------------------------------------------------
+
+    def _calls(self, batch: Batch, span: tuple[int, int], part: Fragment | None, max_ctas: int) -> list[Body]:
+        """Operations one after the other."""
+        groups = self.parts.groups
+        return [
+            groups.call_of(operation, part, max_ctas) if isinstance(operation, Collective) else partial(operation, part)
+            for operation in self.bound(batch.slot, batch.shape)[span[0] : span[1]]
+        ]
+
+    def _replays(self, batch: Batch, key: StreamKey, span: tuple[int, int], max_ctas: int) -> list[Body]:
+        """A range as the graphs that there are: of all of it, or else of its layers, runs and units."""
+        cuts = self.cuts(batch, key, span, max_ctas)
+        calls: list[Body] = []
+        for first, last in pairwise(cuts):
+            collective = batch.vectors[self.stage].kernels[first].is_communication and last - first == 1
+            if collective:
+                calls += self._calls(batch, (first, last), None, max_ctas)
+            else:
+                calls.append(self.replay(batch, key, (first, last), max_ctas))
+        return calls
+
+    def cuts(self, batch: Batch, key: StreamKey, span: tuple[int, int], max_ctas: int) -> list[int]:
+        """Where a range is cut into graphs. As long as graphs may still be made, a range is one graph."""
+        graphs = self.parts.graphs
+        assert graphs is not None
+        vector, found = batch.vectors[self.stage], [span[0]]
+        if not graphs.sealed or graphs.holds(_graph_key(batch, key, span, max_ctas)):
+            return list(span)
+        while (first := found[-1]) < span[1]:
+            ends = (_layer_end(vector, first), vector.run_end[first], vector.unit_end[first])
+            known = (e for e in ends if e <= span[1] and graphs.holds(_graph_key(batch, key, (first, e), max_ctas)))
+            found.append(next(known, min(vector.unit_end[first], span[1])))
+        return found
+
+    def replay(self, batch: Batch, key: StreamKey, span: tuple[int, int], max_ctas: int) -> Body:
+        """A range as one graph, made when it first runs."""
+        graphs = self.parts.graphs
+        assert graphs is not None
+        body = _one(self._calls(batch, span, None, max_ctas))
+        if span[1] - span[0] == 1:
+            return body
+        opaque = batch.vectors[self.stage].run_end[span[0]] < span[1]
+        return graphs.replay(_graph_key(batch, key, span, max_ctas), key, body, collectives=opaque)
+
+    def _notes(self, batch: Batch, first: int, last: int, part: Fragment | None) -> Iterator[OrderNote]:
+        """What the order log is told of a range: the order in which collectives are issued is what ranks must agree
+        on."""
+        operations, kernels = self.bound(batch.slot, batch.shape), batch.vectors[self.stage].kernels
+        groups = self.parts.groups
         for index in range(first, last):
-            operation = flight.operations[index]
-            if isinstance(operation, Collective):
-                self._note(flight, operation, index, launch.fragment)
+            operation, name = operations[index], kernels[index].name
+            if not isinstance(operation, Collective):
+                continue
+            buffer = operation.chunk(part)
+            about = (buffer.numel(), buffer.dtype)
+            if operation.group == "tp":
+                yield OrderNote((groups.name(operation), groups.stage_name), (name, index, part), *about)
+            else:  # both ends of an edge see one transfer, where each end sees a send or a receive
+                yield OrderNote((groups.name(operation),), ("transfer", name.partition("_")[2]), *about)
+                yield OrderNote((groups.stage_name,), (name, index), *about)
 
-    def _note(self, flight: InFlight, operation: Collective, index: int, part: Fragment | None) -> None:
-        groups, batch_id = self.parts.groups, flight.batch.batch_id
-        name, buffer = flight.vector.kernels[index].name, operation.chunk(part)
-        about = (buffer.numel(), buffer.dtype)
-        if operation.group == "tp":
-            self.order.note((groups.name(operation), groups.stage_name), (name, index, batch_id, part), *about)
-        else:  # both ends of an edge see one transfer, where each end sees a send or a receive
-            self.order.note((groups.name(operation),), ("transfer", name.partition("_")[2], batch_id), *about)
-            self.order.note((groups.stage_name,), (name, index, batch_id), *about)
-
-    def _run(self, key: StreamKey, occupied: set[Lane], waits: Sequence[Ticket], work: Body) -> Ticket:
+    def _run(self, key: StreamKey, occupied: tuple[Lane, ...], waits: Sequence[Ticket], work: Body) -> Ticket:
         """Behind the tickets, and behind everything on the lanes that the work occupies."""
-        behind = [*waits, *(self._tails[lane] for lane in Lane if lane in occupied and lane in self._tails)]
-        needed = {id(t): t for t in behind if t.key != key and not t.done}
-        ticket = self.parts.lanes.run(key, tuple(needed.values()), work)
+        tails = self._tails
+        needed: list[Ticket] = []
+        for ticket in (*waits, *[tails[lane] for lane in occupied if lane in tails]):
+            if ticket.key != key and not ticket.done and not any(ticket is other for other in needed):
+                needed.append(ticket)
+        ticket = self.parts.lanes.run(key, needed, work)
         for lane in occupied:
-            self._tails[lane] = ticket
+            tails[lane] = ticket
         return ticket
 
     # -- marks ------------------------------------------------------------------------------------------------------
@@ -262,14 +342,23 @@ def _name(vector: FunctionVector, first: int, last: int) -> str:
     return kernels[first].name if last - first == 1 else f"{kernels[first].name}..{kernels[last - 1].name}"
 
 
-def _calls(groups: Groups, operations: list[Operation], part: Fragment | None, max_ctas: int) -> Body:
-    """Operations one after the other."""
-    calls: list[Body] = [
-        partial(groups.call, operation, part, max_ctas)
-        if isinstance(operation, Collective)
-        else partial(operation, part)
-        for operation in operations
-    ]
+def _graph_key(batch: Batch, key: StreamKey, span: tuple[int, int], max_ctas: int) -> tuple[object, ...]:
+    return batch.slot, batch.shape, span, max_ctas, key
+
+
+def _layer_end(vector: FunctionVector, first: int) -> int:
+    """Where the layer that begins here ends; nowhere if none begins."""
+    layer, place = vector.locate(first)
+    if 0 <= layer < vector.num_layers and place == 0:
+        return first + len(vector.layer)
+    return len(vector) + 1
+
+
+_NOTHING_AROUND = (None, None)
+
+
+def _one(calls: list[Body]) -> Body:
+    """Calls as one."""
     if len(calls) == 1:
         return calls[0]
 

@@ -29,27 +29,41 @@ class GraphCache:
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
+        self.sealed = False
         self.refused: dict[StreamKey, str] = {}
         self._pools: dict[StreamKey, Any] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: tuple[object, ...], stream: StreamKey, body: Body, *, collectives: bool) -> None:
-        """Replay, or run as it is and capture behind it: the first run also warms what must not happen in a capture."""
+    def holds(self, key: tuple[object, ...]) -> bool:
+        """Whether this range is captured."""
+        return key in self._graphs
+
+    def replay(self, key: tuple[object, ...], stream: StreamKey, body: Body, *, collectives: bool) -> Body:
+        """What replays the range, or runs it as it is and captures it behind: the first run also warms what must not
+        happen in a capture."""
+
+        def run() -> None:
+            graph = self._graphs.get(key)
+            if graph is not None:
+                graph.replay()
+                return
+            body()
+            if not self.sealed and len(self._graphs) < MAX_GRAPHS and stream not in self.refused:
+                self._keep(key, stream, body, collectives=collectives)
+
         graph = self._graphs.get(key)
-        if graph is not None:
-            graph.replay()
-            return
-        body()
-        if len(self._graphs) < MAX_GRAPHS and stream not in self.refused:
-            try:
-                self._graphs[key] = self._capture(stream, body, collectives=collectives)
-            except RuntimeError as error:
-                if collectives or not stream.withheld_sms:
-                    raise
-                # A driver that cannot capture on a partition's stream: kernels go one by one, and the result says so.
-                self.refused[stream] = str(error)
+        return graph.replay if graph is not None else run
+
+    def _keep(self, key: tuple[object, ...], stream: StreamKey, body: Body, *, collectives: bool) -> None:
+        try:
+            self._graphs[key] = self._capture(stream, body, collectives=collectives)
+        except RuntimeError as error:
+            if collectives or not stream.withheld_sms:
+                raise
+            # A driver that cannot capture on a partition's stream: kernels go one by one, and the result says so.
+            self.refused[stream] = str(error)
 
     def _capture(self, stream: StreamKey, body: Body, *, collectives: bool) -> torch.cuda.CUDAGraph:
         if collectives:
@@ -98,7 +112,7 @@ def capture_plan(device: Device, launches: list[Launch]) -> torch.cuda.CUDAGraph
     # Made now if they are new: a green context cannot be made inside a capture.
     keys = sorted({_key(launch) for launch in launches} | {StreamKey(Lane.COMM)})
     streams = [stream for key in keys if (stream := lanes.stream(key)) != origin]
-    torch.cuda.synchronize()
+    lanes.drain()
     lanes.capturing = True
     before = torch.cuda.current_stream()
     torch.cuda.set_stream(origin)
@@ -113,6 +127,7 @@ def capture_plan(device: Device, launches: list[Launch]) -> torch.cuda.CUDAGraph
             _join(origin, streams)
     finally:
         lanes.capturing = False
+        lanes.leave()
         torch.cuda.set_stream(before)
         device.end_capture()
     return graph

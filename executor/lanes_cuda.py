@@ -49,6 +49,7 @@ class CudaLanes:
         self._delays_us: Iterator[float] = random_delays(0.0, (0,))
         self._delayed = False
         self.capturing = False
+        self._current: torch.cuda.Stream | None = None
 
     # -- streams ----------------------------------------------------------------------------------------------------
 
@@ -77,23 +78,27 @@ class CudaLanes:
         """Issue work on a stream, behind the tickets."""
         stream = self.stream(key)
         for wait in waits:
-            if not wait.done and isinstance(wait, CudaTicket):
-                stream.wait_event(wait.end)
-        before = torch.cuda.current_stream(self.device)
-        torch.cuda.set_stream(stream)
-        try:
-            if self._delayed:
-                hold(int(next(self._delays_us) * CYCLES_PER_US))
-            start = None
-            if self.timing and not self.capturing:
-                start = self._event()
-                start.record(stream)
-            work()
-            end = self._event()
-            end.record(stream)
-        finally:
-            torch.cuda.set_stream(before)
+            if not wait.done:
+                stream.wait_event(wait.end)  # type: ignore[attr-defined]
+        if stream is not self._current:
+            # Not set back afterwards: the next piece sets its own, and nothing else here depends on it.
+            torch.cuda.set_stream(stream)
+            self._current = stream
+        if self._delayed:
+            hold(int(next(self._delays_us) * CYCLES_PER_US))
+        start = None
+        if self.timing and not self.capturing:
+            start = self._event()
+            start.record(stream)
+        work()
+        end = self._event()
+        end.record(stream)
         return CudaTicket(key, start, end)
+
+    def leave(self) -> None:
+        """Make the default stream current again."""
+        torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+        self._current = None
 
     def _event(self) -> torch.cuda.Event:
         """A free event. Events that a capture recorded belong to its graph and are not used again."""
@@ -154,3 +159,4 @@ class CudaLanes:
     def drain(self) -> None:
         """Wait for everything."""
         torch.cuda.synchronize(self.device)
+        self.leave()

@@ -1,16 +1,21 @@
 """Small messages between ranks: what rank 0 admitted, round by round, and what every rank reports at the end.
 
-Carried by torch's key-value store: posting costs rank 0 a few microseconds whatever the number of ranks, and waiting
-releases the interpreter. Contents are msgpack, never pickle.
+Carried by torch's key-value store; notes, which every round waits for, by a board in memory where all ranks are on one
+host. Contents are msgpack, never pickle.
 """
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from torch._C._distributed_c10d import Store
+from torch.distributed import DistStoreError
+
+from executor.board import LARGEST, Board
 
 T = TypeVar("T")
 # The store takes values of at most 8 MiB.
@@ -39,6 +44,20 @@ class Mail:
         # Ranks load and measure at their own pace; notes come without a pause.
         self._patience = timedelta(seconds=PATIENCE * timeout_s)
         self._name, self._posted, self._read = "", 0, 0
+        self._board: Board | None = None
+
+    def share_memory(self) -> None:
+        """Carry notes by memory from now on, if all ranks are on rank 0's host. Every rank must call it."""
+        if self.num_ranks == 1:
+            return
+        host, path = self.share("board", (socket.gethostname(), Board.make(self.num_ranks) if not self.rank else ""),
+                                tuple)  # fmt: skip
+        board = Board(path, self.rank, self.num_ranks) if host == socket.gethostname() and Path(path).exists() else None
+        everyone = all(self.gather("board/seen", board is not None, bool))
+        if not self.rank:
+            Path(path).unlink()
+        if self.share("board/used", everyone, bool):
+            self._board = board
 
     def begin(self, name: str) -> None:
         """Start the notes of another run."""
@@ -46,15 +65,30 @@ class Mail:
 
     def post(self, note: Note) -> None:
         """Rank 0 tells everyone."""
-        if self.num_ranks > 1:
-            self._store.set(f"{self._name}/note/{self._posted}", msgspec.msgpack.encode(note))  # type: ignore[arg-type]
-            self._posted += 1
+        if self.num_ranks == 1:
+            return
+        content = msgspec.msgpack.encode(note)
+        if self._board is not None:
+            if len(content) <= LARGEST:
+                self._board.write(content)
+                return
+            self._board.write(b"")  # too long for the board: it is in the store
+        self._store.set(f"{self._name}/note/{self._posted}", content)  # type: ignore[arg-type]
+        self._posted += 1
 
     def next(self) -> Note:
         """The next note of rank 0; waits for it."""
-        note = msgspec.msgpack.decode(self._get(f"{self._name}/note/{self._read}", self._timeout), type=Note)
-        self._read += 1
-        return note
+        content = b"" if self._board is None else self._board.read(self._timeout.total_seconds(), self._look_around)
+        if content is None:
+            raise DistStoreError(f"wait timeout after {self._timeout.total_seconds():g} s: no note of rank 0")
+        if not content:
+            content = self._get(f"{self._name}/note/{self._read}", self._timeout)
+            self._read += 1
+        return msgspec.msgpack.decode(content, type=Note)
+
+    def _look_around(self) -> None:
+        """Raises what the store raises when rank 0, which holds it, has gone."""
+        self._store.check(["alive"])
 
     def give(self, name: str, content: Any) -> None:
         """Leave something for others under a name of this run; `content` is anything that msgspec encodes."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -27,19 +26,12 @@ COMM = StreamKey(Lane.COMM)
 MAX_SHAPES = 10
 EIGHTHS = (2, 4, 6)
 PAIR_US = 4000.0
-# Host time in units of one small call, as runs on 4 x H200 showed (benchmarks/data/h200-x4-2026-11-21, a call took
-# 32 us): a launch with its events and its bookkeeping took 61 us and more, deciding a round and waking up 48 to 160 us.
-CALLS_PER_LAUNCH = 2.0
-CALLS_PER_ROUND = 3.0
 
 
 class Stopwatch(Protocol):
     """Times work on the queues of one kind of device."""
 
     reps: int
-
-    def launch_us(self) -> float:
-        """The host's price of one launch."""
 
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
         """Microseconds a call, when the calls follow one another on one queue."""
@@ -58,7 +50,8 @@ class Choices:
 
 
 def measure(device: Device, choices: Choices, watch: Stopwatch, mail: Mail, name: str) -> dict[str, Any]:
-    """The table that `policy.profile_table.profile_from` reads. Collective: every rank must call it."""
+    """The table that `policy.profile_table.profile_from` reads, but for the host's prices. Collective: every rank must
+    call it."""
     bench = _Bench(device, choices, watch)
     solo = mail.share("profile/solo", bench.solo(), dict)
     pairs = mail.share("profile/pairs", bench.pairs(solo), list)
@@ -88,11 +81,7 @@ class _Bench:
         gemms = [self._sheet(name, p) for name in self._names(lambda k: k.kind is Kind.GEMM) for p in self.partitions]
         others = [self._curve(name, p) for name in self._names(lambda k: k.kind in (Kind.ATTENTION, Kind.ELEMENTWISE))
                   for p in self.partitions]  # fmt: skip
-        call_us = self.watch.launch_us()
-        return {
-            "gemms": gemms, "others": others, "comms": self._comms(),
-            "launch_us": CALLS_PER_LAUNCH * call_us, "round_us": CALLS_PER_ROUND * call_us,
-        }  # fmt: skip
+        return {"gemms": gemms, "others": others, "comms": self._comms()}
 
     def _names(self, wanted: Callable[[Kernel], bool]) -> list[str]:
         return list(dict.fromkeys(kernel.name for kernel in self.vectors[0].kernels if wanted(kernel)))
@@ -203,9 +192,8 @@ class _Bench:
         computes: list[Body] = [call for call in calls if not isinstance(call, Collective)]
         comms = [self._collective(Kind.ALL_REDUCE, size, ctas)] * max(2, math.ceil(PAIR_US / comm_us))
         key = StreamKey(Lane.COMPUTE, withheld)
-        ends = [self.watch.together_us((key, computes), (COMM, comms)) for _ in range(3)]
-        alone = (gemm_us * len(computes), comm_us * len(comms))
-        return slowdowns((median(e[0] for e in ends), median(e[1] for e in ends)), alone)
+        ends = self.watch.together_us((key, computes), (COMM, comms))
+        return slowdowns(ends, (gemm_us * len(computes), comm_us * len(comms)))
 
 
 def slowdowns(ends_us: tuple[float, float], alone_us: tuple[float, float]) -> tuple[float, float]:

@@ -22,6 +22,16 @@ class Chain:
     steps: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class OrderNote:
+    """One collective as all members of its groups see it."""
+
+    groups: tuple[str, ...]
+    operation: tuple[object, ...]
+    num_elements: int
+    dtype: object
+
+
 @dataclass(slots=True)
 class OrderLog:
     """What one rank issued, group by group: a rolling hash after every operation.
@@ -32,19 +42,19 @@ class OrderLog:
     """
 
     chains: dict[str, Chain] = field(default_factory=dict)
-    _noted: list[tuple[tuple[str, ...], tuple[object, ...]]] = field(default_factory=list)
+    _noted: list[tuple[tuple[OrderNote, ...], int]] = field(default_factory=list)
 
-    def note(self, groups: tuple[str, ...], operation: object, num_elements: int, dtype: object) -> None:
-        """One more operation on some groups. It is hashed later: the main loop has other things to do."""
-        self._noted.append((groups, (operation, num_elements, dtype)))
+    def note(self, notes: tuple[OrderNote, ...], batch_id: int) -> None:
+        """Operations of one launch of a batch. They are hashed later: the main loop has other things to do."""
+        self._noted.append((notes, batch_id))
         if len(self._noted) >= HELD_BACK:
             self.settle()
 
     def settle(self) -> dict[str, Chain]:
         """Hash what was noted; the chains of all groups."""
-        for groups, what in self._noted:
-            text = str(what)
-            for group in groups:
+        for note, batch_id in ((note, batch_id) for notes, batch_id in self._noted for note in notes):
+            text = str((*note.operation, batch_id, note.num_elements, note.dtype))
+            for group in note.groups:
                 chain = self.chains.setdefault(group, Chain())
                 step = f"{chain.last}/{chain.count}/{group}/{text}".encode()
                 chain.last = hashlib.blake2b(step, digest_size=DIGEST_BYTES).hexdigest()

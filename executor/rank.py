@@ -38,6 +38,7 @@ def serve(args: argparse.Namespace, status: Status, work: Work = Session.run_all
     mail = Mail(PrefixStore("weft", store), args.rank, num_ranks, settings.timeout_s)
     mail.begin("start")
     mail.agree("flags", flags(settings))
+    mail.share_memory()
     start_world(place, PrefixStore("world", store))
     with torch.inference_mode():
         work(Session(settings, place, mail, status))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import time
@@ -33,7 +34,7 @@ from executor.settings import RunSettings, Settings
 from executor.slots import Slot
 from executor.status import Status
 from executor.summary import summarize
-from executor.warm_up import warm_up
+from executor.warm_up import capture_ranges, host_prices_us, warm_up
 from executor.weights import Weights, make_weights
 from models.config import ModelConfig
 from models.kernel import FunctionVector
@@ -113,11 +114,22 @@ class Session:
         device = self._device(run, groups, prepared, backing)
         profile, table = self._profile(run, device, backing, shapes)
         opened = Opened(run, device, backing, profile, table, self._plans_of(run, profile), shapes)
+        device.seal(sealed=False)
         if run.warm_up:
             self.status.enter("warm up")
-            self._foresee(run, profile, shapes)
-            warm_up(device, opened.scheduler(), shapes if self.place.device.type == "cuda" else shapes[-1:])
+            self._rehearse(opened)
         return opened
+
+    def _rehearse(self, opened: Opened) -> None:
+        """Make and capture what the run will want, as far as that can be known."""
+        run, device, shapes = opened.run, opened.device, opened.shapes
+        on_gpu = self.place.device.type == "cuda"
+        withheld = self._foresee(run, opened.profile, shapes)
+        if withheld is not None and on_gpu and run.options.capture:
+            capture_ranges(device, shapes, withheld)
+            device.seal(sealed=True)
+            shapes = shapes[-1:]
+        warm_up(device, opened.scheduler(), shapes if on_gpu else shapes[-1:])
 
     def _run(self, number: int, run: RunSettings) -> None:
         opened = self.open(run)
@@ -154,13 +166,22 @@ class Session:
 
     def _go(self, driver: Driver, run: RunSettings, number: int) -> None:
         self.status.enter(f"run {number}")
+        # What was made for the run stays; a collector that looks through it again and again only holds up launches.
+        gc.collect()
+        gc.freeze()
+        try:
+            self._drive(driver, run)
+        finally:
+            gc.unfreeze()
+        self.status.enter(f"finish run {number}")
+
+    def _drive(self, driver: Driver, run: RunSettings) -> None:
         if run.replay < 0:
             driver.live()
         elif run.serial:
             driver.serially(self.logs[run.replay])
         else:
             driver.replay(self.logs[run.replay])
-        self.status.enter(f"finish run {number}")
 
     # -- what a run needs -------------------------------------------------------------------------------------------
 
@@ -250,14 +271,23 @@ class Session:
         plain = replace(run.options, capture=False)
         warm_up(device, Scheduler("tensor", plain, UNASKED, Vectors(run.model, run.layout)), shapes[-1:])
         choices = Choices(shapes, run.partitions, run.ctas)
-        return measure(device, choices, backing.stopwatch, self.mail, f"measured on {self.place.backend}")
+        table = measure(device, choices, backing.stopwatch, self.mail, f"measured on {self.place.backend}")
+        # The host's prices, from a rehearsal of what it will do: overlap, whether or not that will pay.
+        options = replace(run.options, adaptive=False)
+        scheduler = Scheduler("interleaved", options, profile_from(table), Vectors(run.model, run.layout))
+        scheduler.plan = PlanCache(POLICIES["interleaved"])
+        prices = host_prices_us(device, scheduler, shapes[len(shapes) // 2])
+        launch_us, round_us = self.mail.share("profile/host", prices, tuple)
+        return table | {"launch_us": launch_us, "round_us": round_us}
 
-    def _foresee(self, run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> None:
-        """Choose the regime of every pair of shapes now: in the run it would hold up every rank at each new pair."""
-        if run.policy == "interleaved" and len(shapes) <= MAX_SHAPES_FORESEEN:
-            vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
-            for pair in product(vectors, vectors):
-                choose_regime(pair, run.options, profile)
+    def _foresee(self, run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> tuple[int, ...] | None:
+        """Choose the regime of every pair of shapes now: in the run it would hold up every rank at each new pair. What
+        these regimes withhold; None if there are too many pairs to foresee."""
+        if run.policy != "interleaved" or len(shapes) > MAX_SHAPES_FORESEEN:
+            return None
+        vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
+        regimes = [choose_regime(pair, run.options, profile) for pair in product(vectors, vectors)]
+        return tuple(sorted({regime.withheld_sms for regime in regimes if regime.overlap}))
 
 
 UNASKED = Profile("none", lambda kernel, withheld, ctas: 0.0, lambda compute, comm, withheld, ctas: Contention())

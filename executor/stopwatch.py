@@ -9,22 +9,22 @@ from statistics import median
 import torch
 
 from executor.cuda import elapsed_us, hold, new_event
+from executor.graphs import capture
 from executor.lanes import StreamKey
 
 Body = Callable[[], None]
-# Long enough for the host to issue everything before the device begins, so that launch cost is not in the time.
-HEAD_START_CYCLES_PER_CALL = 40_000
+# Long enough for the host to launch two graphs.
+HEAD_START_CYCLES = 600_000
+# Calls that could not be captured are launched one by one.
+UNCAPTURED_PATIENCE = 8
 SERIES = 3
+Replayed = tuple[Callable[[], None], bool]
 
 
 class CpuStopwatch:
     """Calls run in this thread."""
 
     reps = 3
-
-    def launch_us(self) -> float:
-        """A launch is a call here."""
-        return 1.0
 
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
         """Median of the calls."""
@@ -42,57 +42,69 @@ class CpuStopwatch:
 
 
 class CudaStopwatch:
-    """Calls run on the streams that `stream_of` knows."""
+    """Calls run as one graph on the streams that `stream_of` knows: as in a run, and at no host's pace."""
 
-    reps = 10
+    reps = 8
 
     def __init__(self, stream_of: Callable[[StreamKey], torch.cuda.Stream]) -> None:
         self._stream_of = stream_of
 
-    def launch_us(self) -> float:
-        """Host microseconds of one small launch."""
-        small = torch.zeros(16, device="cuda")
-        small.add_(1.0)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(100):
-            small.add_(1.0)
-        elapsed = time.perf_counter() - started
-        torch.cuda.synchronize()
-        return elapsed * 1e4
-
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
-        """Median over a few series of the mean call of a series."""
-        means = []
+        """Median over a few replays of the mean call of a series."""
+        graph = self._captured(key, calls)
+        times = []
         for _ in range(SERIES):
-            start, (end,) = self._race([(key, list(calls))])
-            means.append(elapsed_us(start, end) / len(calls))
-        return median(means)
+            start, (end,) = self._race([(key, graph)])
+            times.append(elapsed_us(start, end) / len(calls))
+        return median(times)
 
     def together_us(self, one: tuple[StreamKey, list[Body]], two: tuple[StreamKey, list[Body]]) -> tuple[float, float]:
-        """Ends of both series, from the moment in which both could start."""
-        start, (first, second) = self._race([one, two])
-        return elapsed_us(start, first), elapsed_us(start, second)
+        """Ends of both series, from the moment in which both could start: medians over a few replays."""
+        graphs = [(key, self._captured(key, calls)) for key, calls in (one, two)]
+        ends = []
+        for _ in range(SERIES):
+            start, (first, second) = self._race(graphs)
+            ends.append((elapsed_us(start, first), elapsed_us(start, second)))
+        return median(end for end, _ in ends), median(end for _, end in ends)
 
-    def _race(self, series: list[tuple[StreamKey, list[Body]]]) -> tuple[torch.cuda.Event, list[torch.cuda.Event]]:
-        """Hold all streams back until everything is issued, then let them go; events of the start and of every end."""
+    def _captured(self, key: StreamKey, calls: Sequence[Body]) -> Replayed:
+        """The calls as one graph; as they are where a driver cannot capture on that stream."""
+        stream = self._stream_of(key)
         torch.cuda.synchronize()
-        gate = self._stream_of(series[0][0])
+
+        def body() -> None:
+            for call in calls:
+                call()
+
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            body()  # nothing is captured at its first use
+            torch.cuda.synchronize()
+            try:
+                graph = capture(torch.cuda.graph_pool_handle(), body)
+            except RuntimeError:
+                if not key.withheld_sms:
+                    raise
+                return body, False
+        return graph.replay, True
+
+    def _race(self, graphs: list[tuple[StreamKey, Replayed]]) -> tuple[torch.cuda.Event, list[torch.cuda.Event]]:
+        """Hold all streams back until everything is launched, then let them go; events of the start and of every
+        end."""
+        torch.cuda.synchronize()
+        gate = self._stream_of(graphs[0][0])
         start = new_event(timing=True)
-        ends = [new_event(timing=True) for _ in series]
+        ends = [new_event(timing=True) for _ in graphs]
+        patience = 1 if all(captured for _, (_, captured) in graphs) else UNCAPTURED_PATIENCE
         with torch.inference_mode():
             with torch.cuda.stream(gate):
-                hold(HEAD_START_CYCLES_PER_CALL * sum(len(calls) for _, calls in series))
+                hold(patience * HEAD_START_CYCLES)
                 start.record(gate)
-            # Issued in turn, so that neither series is far ahead of the other.
-            for stream in {self._stream_of(key) for key, _ in series} - {gate}:
-                stream.wait_event(start)
-            for number in range(max(len(calls) for _, calls in series)):
-                for key, calls in series:
-                    if number < len(calls):
-                        with torch.cuda.stream(self._stream_of(key)):
-                            calls[number]()
-        for (key, _), end in zip(series, ends, strict=True):
-            end.record(self._stream_of(key))
+            for (key, (replay, _)), end in zip(graphs, ends, strict=True):
+                stream = self._stream_of(key)
+                with torch.cuda.stream(stream):
+                    if stream != gate:
+                        stream.wait_event(start)
+                    replay()
+                    end.record(stream)
         torch.cuda.synchronize()
         return start, ends

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+
 from executor.device import Device
 from executor.inputs import tokens_of
+from executor.lanes import StreamKey
+from executor.results import HostTime
 from executor.slots import Slot
-from models.transformer import BatchShape
+from models.kernel import FunctionVector
+from models.transformer import BatchShape, function_vector
 from policy.batch import Batch
+from policy.round import Lane
 from policy.scheduler import Scheduler
 from traces.request import Request
 
@@ -26,23 +34,68 @@ def warm_up(device: Device, scheduler: Scheduler, shapes: tuple[BatchShape, ...]
     device.forget()
 
 
-def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: int) -> None:
-    """Admit so many equal batches at once and run them to their end, results and times unrecorded."""
+def host_prices_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> tuple[float, float]:
+    """What a launch costs this host, and a round besides: of two batches of one shape, everything captured before."""
+    for _ in range(scheduler.options.depth + 1):
+        spent = run_through(device, scheduler, shape, 2)
+    device.forget()
+    return spent.issue_s / max(1, spent.launches) * 1e6, spent.plan_s / max(1, spent.rounds) * 1e6
+
+
+def capture_ranges(device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int]) -> None:
+    """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments on
+    the compute lane, and units on the fill lane. Equal on all ranks, for there are collectives inside."""
+    graphs = device.parts.graphs
+    if graphs is None or not device.parts.lanes.can_capture:
+        return
+    weights = device.parts.weights
+    for number, shape in product(range(len(device.parts.slots)), shapes):
+        vector = function_vector(weights.config, shape, weights.layout, device.stage)
+        batch = Batch(-1, (), shape, (vector,) * (device.stage + 1), 0.0, number)
+        for key, span in _ranges(vector, withheld):
+            device.parts.lanes.run(key, (), device.replay(batch, key, span, 0))
+    device.parts.lanes.drain()
+
+
+def _ranges(vector: FunctionVector, withheld: Sequence[int]) -> Iterator[tuple[StreamKey, tuple[int, int]]]:
+    size, begin = len(vector.layer), len(vector.prologue)
+    for layer in range(vector.num_layers):
+        yield StreamKey(Lane.COMPUTE), (begin + layer * size, begin + (layer + 1) * size)
+    keys = [(StreamKey(Lane.COMPUTE, w), vector.run_end) for w in sorted({0, *withheld})]
+    keys += [(StreamKey(Lane.FILL, w), ends) for w in withheld for ends in (vector.run_end, vector.unit_end)]
+    for key, ends in keys:
+        first = 0
+        while first < len(vector):
+            if not vector.kernels[first].is_communication and ends[first] - first > 1:
+                yield key, (first, ends[first])
+            first = ends[first]
+
+
+def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: int) -> HostTime:
+    """Admit so many equal batches at once and run them to their end, results and times unrecorded; the host's time."""
     requests = tuple(Request(number, 0.0, shape.padded_len) for number in range(shape.num_sequences))
+    spent = HostTime()
     for batch in scheduler.enter((requests,) * count, 0.0):
         device.enter(batch, 0.0, Preparation(device, batch))
+    started = time.perf_counter()
     while (round_ := scheduler.next_round(0.0)) is not None:
-        for launch in round_.launches:
-            if launch.stage == device.stage:
-                device.issue(launch, round_.round_id)
+        planned = time.perf_counter()
+        own = [launch for launch in round_.launches if launch.stage == device.stage]
+        for launch in own:
+            device.issue(launch, round_.round_id)
+        issued = time.perf_counter()
         for mark in round_.synchronize:
             if mark.stage == device.stage:
                 device.synchronize(mark)
+        spent.plan_s, spent.issue_s = spent.plan_s + planned - started, spent.issue_s + issued - planned
+        spent.rounds, spent.launches = spent.rounds + 1, spent.launches + len(own)
+        started = time.perf_counter()
     device.parts.lanes.drain()
     for flight in device.take_finished():
         device.parts.outputs.discard(flight.batch.batch_id)
         for piece in flight.pieces:
             device.parts.lanes.release(piece.ticket)
+    return spent
 
 
 class Preparation:

@@ -87,8 +87,8 @@ class Table:
 
 
 def profile_from(data: Mapping[str, Any]) -> Profile:
-    """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas, launch_us,
-    and round_us if it was measured.
+    """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us and round_us, 0 where
+    they were not measured.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
     us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow. default_ctas:
@@ -97,7 +97,7 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
     table = Table(data)
     return Profile(
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
-        launch_us=float(_need(data, "launch_us")),
+        launch_us=float(data.get("launch_us", 0.0)),
         round_us=float(data.get("round_us", 0.0)),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.launch import WorldError
-from executor.order import Chain, OrderLog, compare
+from executor.order import Chain, OrderLog, OrderNote, compare
 from models.transformer import Layout
 from policy.options import Options
 from tests.executor import faulty_rank
@@ -23,7 +23,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(1, 3)),
 def _log(steps: list[tuple[str, int]], group: str = "tp 0,1") -> dict[str, Chain]:
     log = OrderLog()
     for operation, size in steps:
-        log.note((group,), operation, size, "torch.float16")
+        log.note((OrderNote((group,), (operation,), size, "torch.float16"),), 0)
     return log.settle()
 
 

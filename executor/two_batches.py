@@ -1,0 +1,95 @@
+"""Two batches through a whole forward pass, each way of running them as one CUDA graph: no host cost is in its time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from executor.lanes import StreamKey
+from executor.operations import Collective
+from executor.session import Opened
+from policy.options import Options
+from policy.round import Lane, Launch
+from policy.scheduler import Scheduler
+
+Body = Callable[[], None]
+
+
+def only(opened: Opened, *, comm: bool) -> Body:
+    """The collectives of one forward pass, or everything else."""
+    operations = opened.device.bound(0, opened.shapes[-1])
+    groups = opened.device.parts.groups
+
+    def body() -> None:
+        for operation in operations:
+            if isinstance(operation, Collective) != comm:
+                continue
+            if isinstance(operation, Collective):
+                groups.call(operation)
+            else:
+                operation(None)
+
+    return body
+
+
+def serially(opened: Opened) -> Body:
+    """Both batches, one after the other on one stream: plain tensor parallelism."""
+    groups, shape = opened.device.parts.groups, opened.shapes[-1]
+
+    def body() -> None:
+        for slot in (0, 1):
+            for operation in opened.device.bound(slot, shape):
+                if isinstance(operation, Collective):
+                    groups.call(operation)
+                else:
+                    operation(None)
+
+    return body
+
+
+def captured(body: Body, opened: Opened, key: StreamKey) -> torch.cuda.CUDAGraph:
+    """A graph of what the body does, captured on the stream of a lane."""
+    from executor.graphs import capture
+    from executor.lanes_cuda import CudaLanes
+
+    lanes = opened.device.parts.lanes
+    assert isinstance(lanes, CudaLanes)
+    with torch.cuda.stream(lanes.stream(key)):
+        body()
+        torch.cuda.synchronize()
+        graph = capture(torch.cuda.graph_pool_handle(), body)
+    torch.cuda.synchronize()
+    return graph
+
+
+def forced(options: Options, withheld_sms: int, ctas: int) -> Options:
+    """Overlap whether it pays or not, under one partition and number of CTAs."""
+    return replace(options, adaptive=False, partition=withheld_sms, comm_ctas=ctas)
+
+
+def undivided(options: Options) -> Options:
+    """Overlap of whole kernels, whether it pays or not."""
+    return replace(options, adaptive=False, decomposition="off", chunks=False)
+
+
+def plan(opened: Opened, options: Options) -> list[Launch]:
+    """All launches of the policy for two batches that enter together; they are in flight on the device from then on."""
+    scheduler = Scheduler("interleaved", options, opened.profile, opened.scheduler().vectors_of)
+    requests = tuple(replace(r, arrival_us=0.0) for r in opened.run.requests)
+    for batch in scheduler.enter((requests, requests), 0.0):
+        opened.device.enter(batch, 0.0, lambda slot: None)
+    launches: list[Launch] = []
+    while (round_ := scheduler.next_round(0.0)) is not None:
+        launches += round_.launches
+    return launches
+
+
+def in_words(launches: list[Launch]) -> str:
+    """A plan in a line."""
+    fills = sum(1 for launch in launches if launch.lane is Lane.FILL)
+    return (
+        f"{len(launches)} launches, {fills} fills, {sum(1 for x in launches if x.fragment)} fragments, "
+        f"withheld {sorted({x.withheld_sms for x in launches})}, CTAs {sorted({x.max_ctas for x in launches})}"
+    )

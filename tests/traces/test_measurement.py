@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from traces.measurement import (
+    Conditions,
+    Measurement,
+    MeasurementLog,
+    point_key,
+    read_measurements,
+    write_measurements,
+)
+
+HERE = Conditions(
+    gpu="H200", num_gpus=4, num_sms=132, driver="580", torch="2.11", nccl="2.28", link_mode="as-is", dtype="float16",
+    weft="0.1.0", date="2026-11-21T12:00:00+00:00", environment={"NCCL_NVLS_ENABLE": "0"},
+)  # fmt: skip
+
+
+def gemm(rows: int, us: float = 50.0) -> Measurement:
+    at: dict[str, int | float | str] = {"name": "fc1", "rows": rows, "cols": 7168, "inner": 7168, "withheld_sms": 0}
+    return Measurement("gemm", at, {"us": us}, {"us": 0.5}, 9)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "measurements.jsonl").read_text().splitlines()]
+
+
+def rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "measurements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@given(
+    st.lists(
+        st.builds(
+            gemm, st.integers(1, 5000), st.floats(1e-3, 1e9, allow_nan=False)
+        ), unique_by=lambda m: m.key, max_size=8,
+    )
+)  # fmt: skip
+@settings(derandomize=True, deadline=None, max_examples=25)
+def test_what_is_written_is_read(rows: list[Measurement]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_measurements(Path(folder), HERE, rows)
+        conditions, found = read_measurements(Path(folder))
+    assert found == rows
+    assert conditions == replace(HERE, finished=True)
+
+
+def test_an_unfinished_folder_is_readable_and_says_so(tmp_path: Path) -> None:
+    with MeasurementLog(tmp_path, HERE) as log:
+        log.append(gemm(16))
+        # Readable while it is being written: every row is on disk at once.
+        conditions, rows = read_measurements(tmp_path)
+    assert not conditions.finished
+    assert rows == [gemm(16)]
+    assert read_measurements(tmp_path)[0].finished is False
+
+
+def test_a_row_that_a_kill_tore_is_left_out_and_the_log_goes_on_behind_the_whole_ones(tmp_path: Path) -> None:
+    with MeasurementLog(tmp_path, HERE) as log:
+        log.append(gemm(16))
+        log.append(gemm(32))
+    path = tmp_path / "measurements.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert read_measurements(tmp_path)[1] == [gemm(16)]
+    with MeasurementLog(tmp_path, HERE) as log:
+        assert set(log.rows) == {gemm(16).key}
+        log.append(gemm(64))
+        log.finish("2026-11-22")
+    conditions, rows = read_measurements(tmp_path)
+    assert conditions.finished and rows == [gemm(16), gemm(64)]
+
+
+def test_of_a_point_that_was_measured_again_the_last_row_counts(tmp_path: Path) -> None:
+    write_measurements(tmp_path, HERE, [gemm(16, 50.0), gemm(32), gemm(16, 40.0)])
+    assert read_measurements(tmp_path)[1] == [gemm(16, 40.0), gemm(32)]
+
+
+def test_a_finished_folder_is_continued_and_is_unfinished_meanwhile(tmp_path: Path) -> None:
+    write_measurements(tmp_path, HERE, [gemm(16)])
+    with MeasurementLog(tmp_path, replace(HERE, date="another day")) as log:
+        assert not read_measurements(tmp_path)[0].finished
+        log.append(gemm(32))
+        log.finish("2026-11-23", skipped={"pair": "out of memory"})
+    assert [row.at["rows"] for row in read_measurements(tmp_path)[1]] == [16, 32]
+    assert json.loads((tmp_path / "manifest.json").read_text())["rows"] == 2
+
+
+def test_other_conditions_are_refused_in_one_line_that_names_the_difference(tmp_path: Path) -> None:
+    write_measurements(tmp_path, HERE, [gemm(16)])
+    with pytest.raises(ValueError, match="link_mode is 'as-is' there and 'host-staged' here"):
+        MeasurementLog(tmp_path, replace(HERE, link_mode="host-staged"))
+    with pytest.raises(ValueError, match="NCCL_NVLS_ENABLE is '0' there and not set here"):
+        MeasurementLog(tmp_path, replace(HERE, environment={}))
+    assert read_measurements(tmp_path)[0].finished, "a refusal must leave the folder as it was"
+
+
+@pytest.mark.parametrize("name", ["measurements.jsonl", "conditions.json"])
+def test_a_file_changed_after_the_end_is_noticed(tmp_path: Path, name: str) -> None:
+    write_measurements(tmp_path, HERE, [gemm(16, 50.0)])
+    path = tmp_path / name
+    path.write_text(path.read_text().replace("50.0", "49.0").replace('"num_sms": 132', '"num_sms":  132'))
+    with pytest.raises(ValueError, match=f"{name}: the file was changed"):
+        read_measurements(tmp_path)
+
+
+def test_what_lies_beside_the_rows_is_guarded_too_and_what_comes_later_is_free(tmp_path: Path) -> None:
+    with MeasurementLog(tmp_path, HERE) as log:
+        log.append(gemm(16))
+        (tmp_path / "profile-opt.json").write_text("{}")
+        log.finish("2026-11-22")
+    (tmp_path / "report.json").write_text("{}")
+    assert read_measurements(tmp_path)[0].finished
+    (tmp_path / "profile-opt.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"profile-opt.json: the file was changed"):
+        read_measurements(tmp_path)
+
+
+def test_a_row_of_another_machine_is_noticed(tmp_path: Path) -> None:
+    for number, gpu in enumerate(("H200", "A100")):
+        write_measurements(tmp_path / gpu, replace(HERE, gpu=gpu), [gemm(16 << number)])
+    (tmp_path / "H200" / "manifest.json").unlink()
+    rewrite(tmp_path / "H200", lines(tmp_path / "H200") + lines(tmp_path / "A100"))
+    with pytest.raises(ValueError, match=r"measurements.jsonl:2: the row was measured under other conditions"):
+        read_measurements(tmp_path / "H200")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"what": "gem"}, "what is 'gem'"),
+        ({"at": {"name": "fc1", "rows": 16, "cols": 8}}, "needs 'inner'"),
+        ({"at": [1]}, "at is"),
+        ({"values": {"us": 0.0}}, "us is 0.0; it must be above 0"),
+        ({"values": {"us": -3.0}}, "above 0"),
+        ({"values": {"us": "5"}}, "values is"),
+        ({"values": {}}, "values is"),
+        ({"spread": {"ms": 0.1}}, "spread has ms where values has us"),
+        ({"repetitions": 0}, "repetitions is 0"),
+    ],
+)
+def test_broken_rows_are_named_by_file_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with MeasurementLog(tmp_path, HERE) as log:
+        log.append(gemm(16))
+        log.append(gemm(32))
+    rows = lines(tmp_path)
+    rewrite(tmp_path, [rows[0], rows[1] | change])
+    with pytest.raises(ValueError, match=f"measurements.jsonl:2: .*{message}"):
+        read_measurements(tmp_path)
+
+
+def test_a_line_that_is_no_json_and_a_number_that_is_none_are_broken(tmp_path: Path) -> None:
+    with MeasurementLog(tmp_path, HERE) as log:
+        log.append(gemm(16))
+    path = tmp_path / "measurements.jsonl"
+    whole = path.read_text()
+    path.write_text("{\n" + whole)
+    with pytest.raises(ValueError, match=r"measurements.jsonl:1: not JSON"):
+        read_measurements(tmp_path)
+    path.write_text(whole.replace("50.0", "NaN"))
+    with pytest.raises(ValueError, match=r"measurements.jsonl:1: values is"):
+        read_measurements(tmp_path)
+
+
+def test_a_folder_without_conditions_or_with_foreign_ones_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it has no conditions.json"):
+        read_measurements(tmp_path)
+    (tmp_path / "conditions.json").write_text('{"gpu": "H200"}')
+    with pytest.raises(ValueError, match="'num_gpus' is missing or unknown"):
+        read_measurements(tmp_path)
+
+
+def test_a_point_is_known_by_its_coordinates_in_any_order() -> None:
+    assert point_key("gemm", {"rows": 1, "cols": 2}) == point_key("gemm", {"cols": 2, "rows": 1})
+    assert point_key("gemm", {"rows": 1, "cols": 2}) != point_key("gemm", {"rows": 2, "cols": 1})
