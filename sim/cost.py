@@ -22,11 +22,33 @@ PARTIAL_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A compute kernel as CTAs: how many, how long one takes with memory to itself, and how many bytes it moves."""
+    """A compute kernel as CTAs: how many, how long one takes with memory to itself, and how many bytes it moves.
+
+    `lead_us`: what every wave spends besides, neither computing nor moving bytes. `overlap_order`: see `pace_us`.
+    """
 
     num_ctas: int
     cta_us: float
     cta_bytes: float
+    lead_us: float = 0.0
+    overlap_order: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a CTA streams all the time, and computes all the time beside it."""
+        return not self.lead_us and not self.overlap_order
+
+    def pace_us(self, ctas: int, bandwidth: float) -> float:
+        """One wave of `ctas` CTAs that share `bandwidth` (bytes per microsecond): bound by their SMs or by memory.
+
+        Of order p the two overlap imperfectly, (a^p + b^p)^(1/p); of order 0 perfectly, max(a, b).
+        """
+        stream_us = ctas * self.cta_bytes / bandwidth
+        if not self.overlap_order:
+            return self.lead_us + max(self.cta_us, stream_us)
+        longer, shorter = max(self.cta_us, stream_us), min(self.cta_us, stream_us)
+        together = longer * float((1.0 + (shorter / longer) ** self.overlap_order) ** (1.0 / self.overlap_order))
+        return self.lead_us + together
 
 
 def up_to_grid(time_us: float) -> float:
@@ -35,21 +57,39 @@ def up_to_grid(time_us: float) -> float:
     return max(1, ticks) * TICK_US
 
 
+def cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int = 0) -> Shape:
+    """The CTAs of a compute kernel; for a GEMM, of the tile and split that finish first on the whole device, or on the
+    SMs that it may use if the library knows of them."""
+    return _cta_shape(kernel, device, withheld_sms if device.gemm_sees_partition else 0)
+
+
 @cache
-def cta_shape(kernel: Kernel, device: DeviceSpec) -> Shape:
-    """The CTAs of a compute kernel; for a GEMM, of the tile and split that finish first on the whole device."""
+def _cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int) -> Shape:
     if kernel.kind is Kind.GEMM:
-        return min(_gemm_shapes(kernel, device), key=lambda s: (alone_us(s, device.num_sms, device), s.num_ctas))
+        width = max(1, device.num_sms - withheld_sms)
+        return min(_gemm_shapes(kernel, device, width), key=lambda s: (alone_us(s, width, device), s.num_ctas))
+    start_us, traffic = _operation(kernel, device)
     sm_flops = device.peak_tflops * 1e6 / device.num_sms  # per microsecond
-    per_cta_bytes = kernel.bytes_moved / kernel.num_ctas
-    busy = kernel.flops / kernel.num_ctas / (sm_flops * device.attention_efficiency)
+    per_cta_bytes = kernel.bytes_moved * traffic / kernel.num_ctas
+    busy = kernel.flops / kernel.num_ctas / (sm_flops * device.attention_efficiency) + device.attention_cta_us
+    order = device.attention_overlap_order
     if kernel.kind is Kind.ELEMENTWISE:
-        busy = 0.0
-    return Shape(kernel.num_ctas, max(busy, per_cta_bytes / (device.sm_bandwidth_gb_s * 1e3)), per_cta_bytes)
+        busy, order = 0.0, 0.0
+    lead = start_us / -(-kernel.num_ctas // device.num_sms)
+    cta_us = max(busy, per_cta_bytes / (device.sm_bandwidth_gb_s * 1e3))
+    return Shape(kernel.num_ctas, cta_us, per_cta_bytes, lead, order)
 
 
-def _gemm_shapes(kernel: Kernel, device: DeviceSpec) -> list[Shape]:
-    """Every tile of the library, with the inner dimension split as far as it may help to fill the SMs."""
+def _operation(kernel: Kernel, device: DeviceSpec) -> tuple[float, float]:
+    """Of attention or an elementwise kernel: start (us), and bytes it really moves per byte of `bytes_moved`."""
+    for operation in device.operations:
+        if operation.name == kernel.name:
+            return operation.start_us, operation.traffic
+    return device.attention_start_us if kernel.kind is Kind.ATTENTION else device.elementwise_start_us, 1.0
+
+
+def _gemm_shapes(kernel: Kernel, device: DeviceSpec, width: int) -> list[Shape]:
+    """Every tile of the library, with the inner dimension split as far as it may help to fill `width` SMs."""
     sm_flops = device.peak_tflops * 1e6 * device.gemm_efficiency / device.num_sms
     # Until the first tiles have come, memory stands idle. That is charged as traffic: a wave that is bound by memory
     # would hide it otherwise, and it is what small GEMMs spend most of their time on.
@@ -59,19 +99,34 @@ def _gemm_shapes(kernel: Kernel, device: DeviceSpec) -> list[Shape]:
         tiles = -(-kernel.rows // tile_rows) * -(-kernel.cols // tile_cols)
         for split in SPLITS:
             ctas = tiles * split
-            if split > 1 and (ctas > MAX_SPLIT_WAVES * device.num_sms or kernel.inner // split < MIN_SPLIT_INNER):
+            if split > 1 and (ctas > MAX_SPLIT_WAVES * width or kernel.inner // split < MIN_SPLIT_INNER):
                 break
             busy = 2.0 * tile_rows * tile_cols * kernel.inner / split / (sm_flops * share)
             partial = 0.0 if split == 1 else float(PARTIAL_BYTES) * kernel.rows * kernel.cols * split
             moved = kernel.bytes_moved + partial
             alone = moved / ctas / (device.sm_bandwidth_gb_s * 1e3)
-            shapes.append(Shape(ctas, device.cta_start_us + max(busy, alone), (moved + idle) / ctas))
+            ctas, filled = _evened(ctas, width, device.gemm_balance)
+            lead = 0.0 if split == 1 else device.split_us / -(-ctas // width)
+            cta_us = (device.cta_start_us + max(busy, alone)) * filled
+            shapes.append(Shape(ctas, cta_us, (moved + idle) / ctas, lead, device.gemm_overlap_order))
     return shapes
+
+
+def _evened(ctas: int, width: int, balance: float) -> tuple[int, float]:
+    """CTAs after the library has evened out the waves, and the share of a whole tile's time that each then takes.
+
+    A library with tiles of many sizes, or one that cuts the last tiles, fills every wave: of 1.2 waves it makes two of
+    0.6 tiles each (balance 1), not one and a fifth that lasts as long as two (balance 0).
+    """
+    if not balance or ctas <= width:
+        return ctas, 1.0
+    waves = -(-ctas // width)
+    return waves * width, 1.0 - balance + balance * ctas / (waves * width)
 
 
 def wave_us(shape: Shape, ctas: int, device: DeviceSpec) -> float:
     """One wave of `ctas` CTAs alone: bound by their SMs or by memory."""
-    return up_to_grid(max(shape.cta_us, ctas * shape.cta_bytes / memory_bandwidth(device)))
+    return up_to_grid(shape.pace_us(ctas, memory_bandwidth(device)))
 
 
 def memory_bandwidth(device: DeviceSpec) -> float:
@@ -82,7 +137,7 @@ def memory_bandwidth(device: DeviceSpec) -> float:
 def alone_us(shape: Shape, slots: int, device: DeviceSpec) -> float:
     """All waves of a compute kernel that has `slots` SMs to itself."""
     waves, rest = divmod(shape.num_ctas, slots)
-    full = up_to_grid(waves * max(shape.cta_us, slots * shape.cta_bytes / memory_bandwidth(device))) if waves else 0.0
+    full = up_to_grid(waves * shape.pace_us(slots, memory_bandwidth(device))) if waves else 0.0
     return full + (wave_us(shape, rest, device) if rest else 0.0)
 
 
@@ -123,10 +178,32 @@ class Costs:
                 cost = up_to_grid(on_grid(self.table(kernel, max_ctas, path).at(kernel.message_bytes)))
             else:
                 slots = max(1, self.device.num_sms - withheld_sms)
-                cost = alone_us(cta_shape(kernel, self.device), slots, self.device)
+                cost = alone_us(cta_shape(kernel, self.device, withheld_sms), slots, self.device)
             self._alone[key] = cost
         return cost
 
     def out_of_range(self, kernel: Kernel) -> bool:
-        """Whether a message is larger than the largest that the node's table knows."""
-        return kernel.is_communication and kernel.message_bytes > self.table(kernel, 0, DEFAULT_PATH).bytes[-1]
+        """Whether the node's tables or its fit do not know what this kernel asks for."""
+        return bool(self.beyond(kernel))
+
+    def beyond(self, kernel: Kernel) -> str:
+        """What about a kernel lies outside of the node's tables and its fit, in words; empty if nothing does."""
+        if kernel.is_communication and kernel.message_bytes > self.table(kernel, 0, DEFAULT_PATH).bytes[-1]:
+            return f"{kernel.kind} of {kernel.message_bytes} bytes"
+        ranges = self.node.fit.ranges if self.node.fit else {}
+        for name, value in coordinates(kernel).items():
+            low, high = ranges.get(name, (value, value))
+            if not low <= value <= high:
+                what = name.rpartition(".")[2]
+                return f"{kernel.name} of {value:.6g} {what} (fitted from {low:.6g} to {high:.6g})"
+        return ""
+
+
+def coordinates(kernel: Kernel) -> dict[str, float]:
+    """The coordinates of a kernel that a fit has ranges of, under the names that they have there."""
+    if kernel.is_communication:
+        op = Kind.SEND if kernel.kind is Kind.RECV else kernel.kind
+        return {f"{op.value}.{kernel.num_ranks}.bytes": float(kernel.message_bytes)}
+    if kernel.kind is Kind.GEMM:
+        return {"gemm.rows": float(kernel.rows), "gemm.cols": float(kernel.cols), "gemm.inner": float(kernel.inner)}
+    return {f"{kernel.kind.value}.bytes": kernel.bytes_moved}

@@ -147,7 +147,7 @@ class Device:
             running.transfer = self.join(self, running)
             running.ctas_left = running.transfer.ctas
             return running
-        shape = cta_shape(kernel, self.spec)
+        shape = cta_shape(kernel, self.spec, entry.launch.withheld_sms)
         limit = max(1, sms - entry.launch.withheld_sms)
         return Running(kernel, entry, entry.launch.lane, self._order, shape, limit, shape.num_ctas)
 

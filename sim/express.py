@@ -34,11 +34,12 @@ class Courses:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self._known: dict[tuple[int, int, int, int, float], tuple[tuple[Kernel, ...], Course]] = {}
+        self._known: dict[tuple[int, int, int, int, int, float], tuple[tuple[Kernel, ...], Course]] = {}
 
     def course(self, entry: Entry, slots: int, gap_us: float) -> Course:
         """The course of an entry's kernels from its present position on, `slots` SMs wide."""
-        key = (id(entry.kernels), entry.position, slots, entry.launch.max_ctas, gap_us)
+        launch = entry.launch
+        key = (id(entry.kernels), entry.position, slots, launch.withheld_sms, launch.max_ctas, gap_us)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = (entry.kernels, self._trace(entry, slots, gap_us))
@@ -52,7 +53,8 @@ class Courses:
             if kernel.is_communication:
                 cost = self.costs.solo_us(kernel, 0, entry.launch.max_ctas)
             else:
-                cost = alone_us(cta_shape(kernel, self.costs.device), slots, self.costs.device)
+                shape = cta_shape(kernel, self.costs.device, entry.launch.withheld_sms)
+                cost = alone_us(shape, slots, self.costs.device)
             now += cost
             ends.append(now)
             compute.append(compute[-1] + (0.0 if kernel.is_communication else cost))
@@ -109,10 +111,10 @@ def resumed_cohort(running: Running, elapsed: float, slots: int, costs: Costs) -
     assert shape is not None
     take = min(slots, shape.num_ctas)
     waves, rest = divmod(shape.num_ctas, take)
-    pace = max(shape.cta_us, take * shape.cta_bytes / memory_bandwidth(device))
+    pace = shape.pace_us(take, memory_bandwidth(device))
     full = up_to_grid(waves * pace)
     if elapsed < full or not rest:
         running.ctas_left = rest
         return take, float(waves), pace, 0.0
     running.ctas_left = 0
-    return rest, 1.0, max(shape.cta_us, rest * shape.cta_bytes / memory_bandwidth(device)), full
+    return rest, 1.0, shape.pace_us(rest, memory_bandwidth(device)), full

@@ -193,12 +193,12 @@ class Simulation:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def note_entry(self, batch: Batch, now_us: float) -> None:
-        """A batch is admitted. Operations whose messages are larger than the node's tables know are noted."""
+        """A batch is admitted. Operations beyond what the node's tables and its fit know are noted."""
         self.batches[batch.batch_id] = (batch, now_us)
         for vector in batch.vectors:
             for kernel in {*vector.prologue, *vector.layer, *vector.epilogue}:
-                if self.costs.out_of_range(kernel):
-                    self.out_of_range.add(f"{kernel.kind} of {kernel.message_bytes} bytes")
+                if beyond := self.costs.beyond(kernel):
+                    self.out_of_range.add(beyond)
 
     def note_end(self, batch: Batch, now_us: float) -> None:
         """The result of a batch is there."""

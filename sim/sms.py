@@ -198,13 +198,17 @@ class Sms:
         moving = [r for r in self.running if r.transfer is not None and r.transfer.started]
         wants: list[float] = [r.transfer.bandwidth for r in moving if r.transfer is not None]
         cohorts = [(r, c) for r in self.running if r.shape is not None for c in r.cohorts]
-        wants += [c.ctas * r.shape.cta_bytes / r.shape.cta_us for r, c in cohorts if r.shape is not None]
+        wants += [self._wanted(r.shape, c.ctas) for r, c in cohorts if r.shape is not None]
         fair = fair_share(wants, self._bandwidth)
         for running, cohort in cohorts:
             shape = running.shape
             assert shape is not None
             slow = self._beside_comm[running.kernel.kind] if moving else 1.0
-            pace = max(shape.cta_us, cohort.ctas * shape.cta_bytes / fair) * slow
+            bandwidth = fair
+            if not shape.is_plain and fair == float("inf"):
+                # There is enough for all on average; in those phases in which this one streams, it gets what is left.
+                bandwidth = self._bandwidth - sum(wants) + self._wanted(shape, cohort.ctas)
+            pace = shape.pace_us(cohort.ctas, bandwidth) * slow
             if pace != cohort.pace_us:
                 left = cohort.waves_left
                 if cohort.pace_us:
@@ -214,6 +218,10 @@ class Sms:
             assert running.transfer is not None
             slow = self._comm_beside if cohorts else 1.0
             running.transfer.set_pace(self.owner, max(1.0, running.transfer.bandwidth / fair) * slow)
+
+    def _wanted(self, shape: Shape, ctas: int) -> float:
+        """Bytes per microsecond that so many CTAs draw when nothing holds them up."""
+        return ctas * shape.cta_bytes / (shape.cta_us if shape.is_plain else shape.pace_us(ctas, self._bandwidth))
 
     def _retime(self, cohort: Cohort, left: float, pace_us: float, now: float) -> None:
         cohort.waves_left, cohort.pace_us, cohort.since_us = left, pace_us, now

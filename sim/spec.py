@@ -23,6 +23,22 @@ NonNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Slowdown = Annotated[float, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
+Order = Annotated[float, Meta(ge=0, le=1e3)]
+# Numbers that came later: where they stand at their default, a node is the node that it was before they came.
+LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
+         "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations")  # fmt: skip
+
+
+class OperationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How an attention or elementwise kernel of this `name` is really carried out, often by several launches.
+
+    `start_us`: what it takes however little there is to do. `traffic`: bytes that it moves per byte of its
+    `bytes_moved`, which touches every operand once.
+    """
+
+    name: str
+    start_us: NonNegative
+    traffic: Positive = 1.0
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -33,6 +49,14 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
     `cta_start_us`: what a GEMM's CTA spends before and after its inner loop. `ramp_us`: how long memory stands idle
     until a GEMM's loads flow.
+
+    What fits may add; without it the model is the plainer one. `gemm_balance`: how evenly the GEMM library fills the
+    waves, 0 (whole tiles) to 1. `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
+    `sim.cost.Shape.pace_us`; 0 is perfectly. `split_us`: what cutting the inner dimension adds. `gemm_sees_partition`:
+    whether the library chooses tiles for the SMs that a partition leaves it. `attention_start_us`,
+    `elementwise_start_us`: what one takes at least; `operations`: the same for kernels of one name. `attention_cta_us`:
+    what a CTA of attention spends beside its operations, as on the half of a block that a causal mask throws away;
+    `attention_overlap_order`: 1 where copies come before and after the arithmetic.
     """
 
     name: str
@@ -46,9 +70,26 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     gemm_tiles: tuple[tuple[Count, Count, Share], ...]
     cta_start_us: NonNegative = 0.0
     ramp_us: NonNegative = 0.0
+    gemm_balance: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    gemm_overlap_order: Order = 0.0
+    split_us: NonNegative = 0.0
+    gemm_sees_partition: bool = False
+    attention_start_us: NonNegative = 0.0
+    elementwise_start_us: NonNegative = 0.0
+    attention_cta_us: NonNegative = 0.0
+    attention_overlap_order: Order = 0.0
+    operations: tuple[OperationSpec, ...] = ()
     kernel_gap_us: NonNegative
     graph_gap_us: NonNegative
     event_gap_us: NonNegative
+
+    def __post_init__(self) -> None:
+        for kind, order in (("gemm", self.gemm_overlap_order), ("attention", self.attention_overlap_order)):
+            if 0.0 < order < 1.0:
+                raise ValueError(f"{kind}_overlap_order is {order}; it must be 0, or 1 and more")
+        names = [operation.name for operation in self.operations]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two operations named {twice[0]}; keep one")
 
 
 class HostSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,10 +169,23 @@ class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     comm_by_compute: Slowdown
 
 
+class FitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a node was fitted to. `measurements`: folders with the SHA-256 of their rows. `ranges`: where the fit holds,
+    lowest and highest per coordinate. `digest`: of the node's numbers as the fit left them."""
+
+    date: str
+    gpu: str
+    conditions: dict[str, str]
+    measurements: dict[str, str]
+    ranges: dict[str, tuple[float, float]]
+    digest: str
+
+
 class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A machine with several GPUs. `sources` names, for every number above, where it comes from.
 
-    A source that starts with "estimate" says that nobody measured it; `estimates` lists those.
+    A source that starts with "estimate" says that nobody measured it; `estimates` lists those. `fit`: of a node that
+    was fitted to measurements, which ones.
     """
 
     name: str
@@ -142,6 +196,7 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     link: LinkSpec
     contention: ContentionSpec
     sources: dict[str, str]
+    fit: FitSpec | None = None
 
     @property
     def estimates(self) -> tuple[str, ...]:
@@ -151,7 +206,25 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def digest(self) -> str:
         """A hash of the contents, to tell nodes of the same name apart."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+        return hashlib.sha256(msgspec.json.encode(_without_defaults(self))).hexdigest()[:16]
+
+    @property
+    def numbers_digest(self) -> str:
+        """A hash of the numbers alone: not of names, descriptions and sources."""
+        contents = _without_defaults(self)
+        numbers = {section: contents[section] for section in ("device", "host", "link", "contention")}
+        return hashlib.sha256(msgspec.json.encode(numbers)).hexdigest()[:16]
+
+
+def _without_defaults(node: NodeSpec) -> dict[str, Any]:
+    """A node's contents, without what came later and is not used."""
+    contents: dict[str, Any] = msgspec.to_builtins(node)
+    if node.fit is None:
+        del contents["fit"]
+    for name in LATER:
+        if not contents["device"][name]:
+            del contents["device"][name]
+    return contents
 
 
 def node_names() -> tuple[str, ...]:

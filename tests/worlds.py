@@ -33,7 +33,6 @@ def ideal_node(comm_ctas: int = COMM_CTAS, slowdown: float = 1.0, **host: float)
         name="ideal", num_sms=NUM_SMS, peak_tflops=NUM_SMS * SM_FLOPS_PER_US / 1e6, gemm_efficiency=1.0,
         attention_efficiency=1.0, hbm_gb_s=1e9, hbm_efficiency=1.0, sm_bandwidth_gb_s=1e9,
         gemm_tiles=((64, 64, 1.0),), kernel_gap_us=0.0, graph_gap_us=0.0, event_gap_us=0.0,
-        **{f: 0.0 for f in ("ramp_us", "cta_start_us") if f in DeviceSpec.__struct_fields__},
     )  # fmt: skip
     tables = tuple(
         Table(op=op, ranks=ranks, ctas=comm_ctas, bytes=(BYTES_PER_US, 10**9), us=(1.0, 10**9 / BYTES_PER_US))

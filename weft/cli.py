@@ -8,7 +8,18 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from weft import demo_command, explore_command, nodes_command, run_command, simulate_command, trace_command
+from weft import (
+    calibrate_command,
+    demo_command,
+    explore_command,
+    import_command,
+    measure_command,
+    nodes_command,
+    run_command,
+    simulate_command,
+    trace_command,
+    validate_command,
+)
 
 MISTAKE = 2
 INTERRUPTED = 130
@@ -62,6 +73,10 @@ def make_parser() -> Parser:
     trace_command.add_parser(commands)
     nodes_command.add_parser(commands)
     run_command.add_parser(commands)
+    measure_command.add_parser(commands)
+    import_command.add_parser(commands)
+    calibrate_command.add_parser(commands)
+    validate_command.add_parser(commands)
     return parser
 
 

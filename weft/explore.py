@@ -123,8 +123,9 @@ class Region:
         """What the picture rests on, as in one run's result: estimates and extrapolations of any of its runs."""
         rows = [row for curve in self.curves for row in curve.rows]
         grounds: Row = {"node": rows[0]["node"]}
-        for key in ("estimates_used", "out_of_range"):
-            grounds[key] = list(dict.fromkeys(name for row in rows for name in row[key]))
+        for key in ("estimates_used", "out_of_range", "fit_notes"):
+            grounds[key] = list(dict.fromkeys(name for row in rows for name in row.get(key, [])))
+        grounds["fit_date"] = rows[0].get("fit_date", "")
         return grounds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,9 +70,24 @@ def run(args: argparse.Namespace) -> int:
     base = config_of(args, request_rate=1.0)
     rates = tuple(args.request_rate or ())
     study = Study(base, tuple(args.policy), tuple(args.model), tuple(args.node), rates)
+    _check_rates(study)
     slo_ms = base.options.slo_us / 1e3 if base.options.slo_us < math.inf else None
     output = Output(args.out, args.percentile, tuple(dict.fromkeys(args.format)), slo_ms, args.fresh)
     return explore_and_report(study, Backend(args.backend, args.jobs, args.scheduler), output)
+
+
+def _check_rates(study: Study) -> None:
+    """Raises ValueError, before anything runs, if a rate was given twice or no requests can be made to come at it."""
+    from msgspec.structs import replace
+
+    from weft.runs import make_requests
+
+    study.check()
+    for rate in study.rates:
+        if study.rates.count(rate) > 1:
+            raise ValueError(f"--request-rate {rate:g} is given more than once; name each rate once")
+    for rate in {min(study.rates), max(study.rates)} if study.rates else ():
+        make_requests(replace(study.base, request_rate=rate))
 
 
 def explore_and_report(study: Study, backend: Backend, output: Output) -> int:
@@ -85,7 +101,9 @@ def explore_and_report(study: Study, backend: Backend, output: Output) -> int:
     _check_folder(output.folder)
     store = Store(output.folder / "results.jsonl", fresh=output.fresh)
     known = len(store.rows)
-    with bar(0, "runs") as shown:
+    with bar(0, "runs") as shown, warnings.catch_warnings():
+        # Joblib's remark on tasks that an interrupt or an error cut off; what is said below is enough.
+        warnings.filterwarnings("ignore", r"\d+ tasks (which were still being processed|have been)", UserWarning)
 
         def progress(finished: int, planned: int) -> None:
             shown.total = planned

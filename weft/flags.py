@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DEFAULTS = Options()
 TYPES = {field.name: type(getattr(DEFAULTS, field.name)) for field in fields(Options)}
+# Ten million requests take gigabytes; more is a slip of the pen.
+MOST_PROMPTS = 10_000_000
 BOOLEANS = {"on": True, "off": False, "true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 # Flags for the options that people reach for most: flag, option, how many of the option's unit one is worth, help.
@@ -51,7 +53,7 @@ def add_workload_flags(parser: argparse.ArgumentParser, *, several_rates: bool =
     group.add_argument("--max-input-len", type=int, default=0, metavar="N", help=longest_help)
     names = ("random", *DATASET_NAMES)
     group.add_argument("--dataset-name", choices=names, help="where requests come from (default: random)")
-    group.add_argument("--dataset-path", default="", metavar="FILE", help="trace file, plain or gzip")
+    group.add_argument("--dataset-path", metavar="FILE", help="trace file, plain or gzip")
     group.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: 0)")
 
 
@@ -82,6 +84,8 @@ def config_of(args: argparse.Namespace, **fields: Any) -> RunConfig:
     from weft.runs import RunConfig
 
     name = _dataset_name(args)
+    if args.num_prompts > MOST_PROMPTS:
+        raise ValueError(f"--num-prompts {args.num_prompts} is more than fits into memory; give at most {MOST_PROMPTS}")
     if "request_rate" not in fields:
         fields["request_rate"] = _request_rate(args.request_rate, name)
     for flag, field in (("-tp", "tensor_parallel_size"), ("-pp", "pipeline_parallel_size")):
@@ -91,7 +95,7 @@ def config_of(args: argparse.Namespace, **fields: Any) -> RunConfig:
         fields[flag[1:]] = degree
     return RunConfig(
         dataset_name=name,
-        dataset_path=args.dataset_path,
+        dataset_path=args.dataset_path or "",
         num_prompts=args.num_prompts,
         burstiness=1.0 if args.burstiness is None else args.burstiness,
         input_len="16:128" if args.input_len is None else args.input_len,
@@ -104,6 +108,8 @@ def config_of(args: argparse.Namespace, **fields: Any) -> RunConfig:
 
 def _dataset_name(args: argparse.Namespace) -> Any:
     """Where requests come from; flags that would be ignored are mistakes."""
+    if args.dataset_path == "":
+        raise ValueError("--dataset-path is empty; give a trace file, or leave it out for random requests")
     name = args.dataset_name or ("auto" if args.dataset_path else "random")
     if name == "random" and args.dataset_path:
         raise ValueError(f"--dataset-path {args.dataset_path} is given, but --dataset-name random reads no file")
@@ -128,26 +134,41 @@ def options_of(args: argparse.Namespace) -> Options:
     for flag, option, worth, _ in NAMED_OPTIONS:
         text = getattr(args, f"option_{option}")
         if text is not None:
-            value = _parse(flag, option, text)
-            given[option] = value * worth if isinstance(value, float) else value
+            given[option] = _named(flag, option, worth, text)
     for item in args.policy_option:
         name, equals, text = item.partition("=")
         if not equals or name not in OPTION_NAMES:
             raise ValueError(f"--policy-option {item!r} is not NAME=VALUE with a NAME of: {', '.join(OPTION_NAMES)}")
         if name in given:
             raise ValueError(f"policy option {name} is given twice")
-        given[name] = _parse("--policy-option", name, text)
+        given[name] = _parse("--policy-option", name, text, name)
+    if given.get("slo_us") == 0.0:
+        raise ValueError("policy option slo_us is 0; a deadline is above 0 microseconds, or inf")
     return replace(DEFAULTS, **given)
 
 
-def _parse(flag: str, option: str, text: str) -> bool | int | float | str:
-    """A value of the option's type."""
+def _named(flag: str, option: str, worth: float, text: str) -> Any:
+    """A value of the option from a flag of its own; what is wrong with it is said of the flag, as it was written."""
+    value: Any = _parse(flag, option, text, flag.removeprefix("--").replace("-", "_"))
+    if isinstance(value, float):
+        value *= worth
+    if option == "slo_us" and not value > 0.0:
+        raise ValueError(f"{flag} {text} is not possible; give milliseconds above 0")
+    try:
+        replace(DEFAULTS, **{option: value})
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: {error}") from None
+    return value
+
+
+def _parse(flag: str, option: str, text: str, name: str) -> bool | int | float | str:
+    """A value of the option's type; `name` is what the user calls it."""
     kind = TYPES[option]
     try:
         return BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         wanted = {bool: "on or off", int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"{flag}: {option} is {text!r}; it must be {wanted}") from None
+        raise ValueError(f"{flag}: {name} is {text!r}; it must be {wanted}") from None
 
 
 def _shown(value: object) -> str:

@@ -43,16 +43,38 @@ def overview(nodes: list[NodeSpec]) -> list[str]:
 
 def describe(node: NodeSpec) -> list[str]:
     """Every number of a node, its source, and a mark on what nobody measured."""
+    from sim.spec import LATER
+
     lines = [f"{node.name}: {node.description}", f"{node.num_gpus} GPUs, {node.link.kind}, contents {node.digest}", ""]
     for section in SECTIONS:
         part = getattr(node, section)
         for field in part.__struct_fields__:
             value = getattr(part, field)
+            if field in LATER and not value:
+                continue
             if field == "tables":
                 lines += [line for table in value for line in _table(node, table)]
             else:
                 lines += _entry(node, f"{section}.{field}", _shown(value))
+    if node.fit is not None:
+        lines += ["", *_fitted(node)]
     return [*lines, "", f"{len(node.estimates)} sources are estimates, marked with ~: nobody measured those numbers"]
+
+
+def _fitted(node: NodeSpec) -> list[str]:
+    """What a fitted node was fitted to, where the fit holds, and what is wrong with it."""
+    from datetime import date
+
+    from sim.fitted import fit_notes
+
+    fit = node.fit
+    assert fit is not None
+    lines = [f"fitted to measurements of {fit.gpu}, {fit.date}"]
+    lines += _wrapped("  conditions: ", ", ".join(f"{key} {value}" for key, value in fit.conditions.items()))
+    lines += [f"  measurements: {name}, SHA-256 {digest[:16]}" for name, digest in fit.measurements.items()]
+    for name, (low, high) in fit.ranges.items():
+        lines.append(f"  holds for {name} from {low:.6g} to {high:.6g}")
+    return lines + [f"  caution: {note}" for note in fit_notes(node, date.today())]
 
 
 def _entry(node: NodeSpec, key: str, value: str) -> list[str]:
@@ -87,8 +109,14 @@ def _size(num_bytes: int) -> str:
 
 
 def _shown(value: object) -> str:
+    from sim.spec import OperationSpec
+
     if value == ():
         return "none"
+    if isinstance(value, OperationSpec):
+        return f"{value.name} {value.start_us:g} us, traffic x{value.traffic:g};"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, tuple):
         return " ".join(_shown(item) if not isinstance(item, tuple) else "x".join(map(_shown, item)) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from datetime import date
 from typing import Any
+
+from sim.fitted import STALE_DAYS, age_days
 
 WIDTH = 58
 LABEL = 46
@@ -55,8 +58,12 @@ def console_block(result: dict[str, Any]) -> str:
 
 
 def caveats(result: dict[str, Any]) -> list[str]:
-    """What the numbers rest on: estimates that nobody measured, and messages beyond what the node's tables know."""
-    lines = []
+    """What the numbers rest on: estimates that nobody measured, fits that do not hold any more, and kernels beyond what
+    the node's tables and its fit know."""
+    lines = [f"caution: {note}" for note in result.get("fit_notes", [])]
+    measured = result.get("fit_date", "")
+    if measured and (age := age_days(measured, date.today())) is not None and age > STALE_DAYS:
+        lines.append(f"caution: the measurements of node {result['node']} are stale, {age} days old ({measured})")
     estimates = result["estimates_used"]
     if estimates:
         lines.append(
@@ -64,7 +71,8 @@ def caveats(result: dict[str, Any]) -> list[str]:
             f"{_some(estimates)} (see: weft nodes {result['node']})"
         )
     if result["out_of_range"]:
-        lines.append(f"beyond the node's tables, so extrapolated: {_some(result['out_of_range'])}")
+        known = "tables and its fit" if measured else "tables"
+        lines.append(f"beyond the node's {known}, so extrapolated: {_some(result['out_of_range'])}")
     return lines
 
 

@@ -18,6 +18,7 @@ from policy.options import OPTION_NAMES, Options
 from policy.profile import Profile
 from policy.scheduler import POLICIES, Scheduler
 from sim.believe import profile_of
+from sim.fitted import fit_notes
 from sim.simulate import Fidelity, Simulation
 from sim.spec import NodeSpec, load_node
 from traces.arrivals import US_PER_S
@@ -218,6 +219,7 @@ def _describe(config: RunConfig, model: ModelConfig, node: NodeSpec, layout: Lay
         "seed": config.seed,
         "config_hash": config_hash(config),
         "estimates_used": estimates_used(node, model, layout),
+        **({"fit_date": node.fit.date, "fit_notes": list(fit_notes(node))} if node.fit else {}),
     }
 
 

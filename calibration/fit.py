@@ -1,0 +1,192 @@
+"""A node from measurements: every part is fitted to its own rows, one after the other; what is held out is not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import msgspec
+import numpy as np
+
+from calibration.collectives import TableFit, fit_tables
+from calibration.gemm import fit_gemms
+from calibration.holdout import is_held_out
+from calibration.host import fit_host
+from calibration.kernels import collective_of, ctas_of, kernel_of, withheld_of
+from calibration.memory import fit_attention, fit_elementwise
+from calibration.pairs import fit_pairs, is_simulated, race_row
+from calibration.solve import Estimate
+from calibration.sources import sources_of
+from sim.cost import Costs, coordinates
+from sim.spec import FitSpec, LinkSpec, NodeSpec
+from traces.measurement import Measurement
+
+KERNELS = ("gemm", "attention", "elementwise")
+DELAY = "pair: delay"
+CLASSES = (*KERNELS, "collective", "pair: compute", "pair: comm", DELAY)
+# Fewer rows than this in a class say nothing of its parameters.
+FEWEST_ROWS = 4
+DIGITS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What was measured: when, on which GPU, under which conditions, in which folders (with the hash of their rows)."""
+
+    name: str
+    date: str
+    gpu: str
+    conditions: dict[str, str] = field(default_factory=dict)
+    measurements: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """One measured value and what the fitted node says of it."""
+
+    kind: str
+    row: Measurement
+    measured: float
+    predicted: float
+    is_held_out: bool
+
+    @property
+    def error(self) -> float:
+        """Signed, as a share of what was measured; of a delay, which may be nothing, in microseconds."""
+        return self.predicted - self.measured if self.kind == DELAY else self.predicted / self.measured - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A fitted node. `estimates` by section and name, the undetermined ones among them; `notes` on choices."""
+
+    node: NodeSpec
+    estimates: dict[str, dict[str, Estimate]]
+    tables: tuple[TableFit, ...]
+    residuals: tuple[Residual, ...]
+    notes: tuple[str, ...]
+
+    def held_out_error(self, kind: str) -> float | None:
+        """Mean absolute error (share) of a class on what the fit did not see; None if nothing of it was held out."""
+        errors = [abs(r.error) for r in self.residuals if r.kind == kind and r.is_held_out]
+        return fmean(errors) if errors else None
+
+
+def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, seed: int = 0) -> Fit:
+    """Fit what the rows can tell; everything else stays as it is in `base`, with its source.
+
+    Raises ValueError if there is nothing to fit to.
+    """
+    if not any(row.what in (*KERNELS, "collective", "pair", "host") for row in measurements):
+        raise ValueError("there is nothing to fit: no row of kernels, collectives, pairs or host costs")
+    rng = np.random.default_rng(seed)
+    seen: dict[str, list[Measurement]] = {}
+    for row in measurements:
+        if not is_held_out(row):
+            seen.setdefault(row.what, []).append(row)
+    node, estimates, notes = _fit_device(seen, base, rng)
+    tables = fit_tables(seen.get("collective", []), base.link, base.device.graph_gap_us)
+    node = msgspec.structs.replace(node, link=_with_tables(node.link, tables, measurements))
+    host, estimates["host"] = fit_host(seen.get("host", []), base.host)
+    node = _rounded(msgspec.structs.replace(node, host=host))
+    pairs = fit_pairs(seen.get("pair", []), node)
+    traffic = pairs.estimates.pop("hbm_per_byte")
+    estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
+    node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None))
+    residuals = tuple(residuals_of(node, measurements))
+    fit = Fit(node, estimates, tuple(tables), residuals, tuple(notes))
+    node = msgspec.structs.replace(
+        node,
+        description=_described(base, about),
+        sources=sources_of(fit, base, about),
+        fit=FitSpec(
+            date=about.date, gpu=about.gpu, conditions=about.conditions, measurements=about.measurements,
+            ranges=_ranges(seen, tables), digest=node.numbers_digest,
+        ),
+    )  # fmt: skip
+    return Fit(node, estimates, tuple(tables), residuals, tuple(notes))
+
+
+def _fit_device(
+    seen: dict[str, list[Measurement]], base: NodeSpec, rng: np.random.Generator
+) -> tuple[NodeSpec, dict[str, dict[str, Estimate]], list[str]]:
+    device, estimates, notes = base.device, dict[str, Estimate](), list[str]()
+    if len(rows := seen.get("gemm", [])) >= FEWEST_ROWS:
+        gemms = fit_gemms(rows, device, rng)
+        device, estimates = gemms.device, dict(gemms.estimates)
+        notes.append(f"GEMM tiles: {gemms.library}")
+        sees = "for the SMs that a partition leaves" if device.gemm_sees_partition else "for the whole device"
+        notes.append(f"GEMM tiles are chosen {sees} ({gemms.partition})")
+    for what, fitted in (("elementwise", fit_elementwise), ("attention", fit_attention)):
+        if len(rows := seen.get(what, [])) >= FEWEST_ROWS:
+            others = fitted(rows, device)
+            device, estimates = others.device, estimates | others.estimates
+    return msgspec.structs.replace(base, device=device), {"device": estimates}, notes
+
+
+def _with_tables(link: LinkSpec, fits: Sequence[TableFit], measurements: Sequence[Measurement]) -> LinkSpec:
+    """Fitted tables instead of the base's for the same operation and ranks; partitions are those that were measured."""
+    tables = [fit.table for fit in fits]
+    fitted = {(table.op, table.ranks) for table in tables}
+    kept = [table for table in link.tables if (table.op, table.ranks) not in fitted or table.path]
+    withheld = {withheld_of(row) for row in measurements if row.what in ("gemm", "pair")}
+    partitions = tuple(sorted(withheld | {0})) if len(withheld) > 1 else link.partitions
+    return msgspec.structs.replace(link, tables=(*tables, *kept), partitions=partitions)
+
+
+def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Residual]:
+    """What the node says of every row that it can say something of. Measured times of kernels and collectives have the
+    gap to the next one of their graph in them."""
+    costs, gap = Costs(node), node.device.graph_gap_us
+    found = []
+    for row in measurements:
+        held = is_held_out(row)
+        if row.what in KERNELS:
+            us = costs.solo_us(kernel_of(row), withheld_of(row)) + gap
+            found.append(Residual(row.what, row, row.values["us"], us, held))
+        elif row.what == "collective" and is_simulated(row, node):
+            us = costs.solo_us(collective_of(row), 0, ctas_of(row)) + gap
+            found.append(Residual(row.what, row, row.values["us"], us, held))
+        elif row.what == "pair" and is_simulated(row, node) and int(row.at.get("priority", 1)):
+            outcome = race_row(costs, row)
+            sides = {"compute": outcome.compute_slowdown, "comm": outcome.comm_slowdown}
+            for side, value in sides.items():
+                if f"{side}_slowdown" in row.values:
+                    found.append(Residual(f"pair: {side}", row, row.values[f"{side}_slowdown"], value, held))
+            if "start_delay_us" in row.values:
+                found.append(Residual(DELAY, row, row.values["start_delay_us"], outcome.start_delay_us, held))
+    return found
+
+
+def _ranges(seen: dict[str, list[Measurement]], tables: Sequence[TableFit]) -> dict[str, tuple[float, float]]:
+    """Lowest and highest of every coordinate that the fit saw."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for what in KERNELS:
+        for row in seen.get(what, []) if len(seen.get(what, [])) >= FEWEST_ROWS else ():
+            for name, value in coordinates(kernel_of(row)).items():
+                low, high = ranges.get(name, (value, value))
+                ranges[name] = (min(low, value), max(high, value))
+    for fit in tables:
+        name, sizes = f"{fit.table.op}.{fit.table.ranks}.bytes", fit.table.bytes
+        low, high = ranges.get(name, (float(sizes[0]), float(sizes[-1])))
+        ranges[name] = (min(low, sizes[0]), max(high, sizes[-1]))
+    return ranges
+
+
+def _rounded(node: NodeSpec) -> NodeSpec:
+    """The node as its file has it: nobody reads more digits, and the errors are theirs."""
+    raw = msgspec.to_builtins(node)
+    return msgspec.convert(_round(raw), NodeSpec)
+
+
+def _round(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _round(item) for key, item in value.items()}
+    return [_round(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _described(base: NodeSpec, about: About) -> str:
+    return f"{base.description}; fitted to measurements of {about.gpu}, {about.date}"

@@ -1,0 +1,39 @@
+"""Which points no fit may see: about a third, whole shapes at a time, the same ones in every run on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+from math import log2
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from traces.measurement import Measurement
+
+PARTS = 3
+# Sizes of messages alternate: of 4 KiB, 8 KiB, 16 KiB, ... every third is held out. Residue 1 spares the usual ends
+# (512 bytes, 4 KiB, 64 MiB, 512 MiB), without which held-out points would lie outside the table that is fitted.
+HELD_OUT_OCTAVE = 1
+
+
+def is_held_out(measurement: Measurement) -> bool:
+    """Whether a point is for checking alone. Host costs are never held out; schedules of two batches always are."""
+    if measurement.what == "host":
+        return False
+    if measurement.what == "two_batches":
+        return True
+    if measurement.what == "collective":
+        return round(log2(max(1.0, float(measurement.at["bytes"])))) % PARTS == HELD_OUT_OCTAVE
+    identity = "|".join(str(part) for part in shape_identity(measurement))
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % PARTS == 0
+
+
+def shape_identity(measurement: Measurement) -> tuple[str | int, ...]:
+    """What makes two points the same shape, whatever their rows, partition and CTAs. A pair's is its compute kernel's,
+    so that a GEMM that is held out alone is held out in pairs too."""
+    at = measurement.at
+    kind = str(at["kind"]) if measurement.what == "pair" else measurement.what
+    if kind == "gemm":
+        return ("gemm", int(at["cols"]), int(at["inner"]))
+    if kind == "attention":
+        return ("attention", *(int(at.get(key, 0)) for key in ("num_heads", "head_dim", "length")))
+    return (kind, str(at.get("name", at.get("compute"))), round(float(at["bytes_moved"]) / max(1, int(at["rows"]))))

@@ -1,0 +1,63 @@
+"""From a measured point back to the kernels that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from models.kernel import Kernel, Kind, collective, elementwise, gemm
+
+if TYPE_CHECKING:
+    from traces.measurement import Measurement
+
+Coordinates = dict[str, int | float | str]
+
+
+def kernel_of(measurement: Measurement) -> Kernel:
+    """The kernel of a point; of a pair, its compute kernel. Raises ValueError for what is no kernel, and for missing
+    coordinates."""
+    at, what = measurement.at, measurement.what
+    try:
+        if what == "pair":
+            return _compute(Kind(str(at["kind"])), str(at["compute"]), at)
+        if what == "collective":
+            return _collective(at)
+        if what in ("gemm", "attention", "elementwise"):
+            return _compute(Kind(what), str(at["name"]), at)
+    except KeyError as error:
+        raise ValueError(f"a measurement of {what} lacks {error.args[0]!r}: {at}") from None
+    raise ValueError(f"a measurement of {what!r} is not one of a kernel")
+
+
+def collective_of(measurement: Measurement) -> Kernel:
+    """The communication kernel of a collective's point or of a pair."""
+    return _collective(measurement.at)
+
+
+def withheld_of(measurement: Measurement) -> int:
+    """SMs that compute was kept from."""
+    return int(measurement.at.get("withheld_sms", 0))
+
+
+def ctas_of(measurement: Measurement) -> int:
+    """The bound on a collective's CTAs; 0 is the library's default."""
+    return int(measurement.at.get("ctas", 0))
+
+
+def _compute(kind: Kind, name: str, at: Coordinates) -> Kernel:
+    if kind is Kind.GEMM:
+        shape = (int(at["rows"]), int(at["cols"]), int(at["inner"]))
+        return gemm(name, *shape, int(at.get("element_bytes", 2)))
+    if kind is Kind.ELEMENTWISE:
+        kernel = elementwise(name, int(at["bytes_moved"]))
+        return replace(kernel, num_ctas=int(at.get("num_ctas", kernel.num_ctas)))
+    if kind is not Kind.ATTENTION:
+        raise ValueError(f"{kind} does not compute; a pair's kind must be gemm, attention or elementwise")
+    rows = int(at["rows"]) if "rows" in at else int(at["num_sequences"]) * int(at["length"])
+    moved = float(at["bytes_moved"])
+    return Kernel(name, kind, float(at["flops"]), moved, rows=rows, num_ctas=int(at["num_ctas"]))
+
+
+def _collective(at: Coordinates) -> Kernel:
+    op = str(at["op"])
+    return collective(op, Kind(op), int(at["bytes"]), int(at["num_ranks"]), int(at.get("element_bytes", 2)))

@@ -1,0 +1,134 @@
+"""Fitting attention and elementwise kernels: what they take at least, what they move, how fast attention computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import msgspec
+import numpy as np
+
+from calibration.holdout import shape_identity
+from calibration.kernels import kernel_of, withheld_of
+from calibration.solve import Estimate, Floats, Parameter, Problem, sigma_of, solve
+from calibration.vector import Others, others_us
+from sim.spec import DeviceSpec, OperationSpec
+from traces.measurement import Measurement
+
+KNOWN_US, KNOWN_CTA_US, KNOWN_SHARE = 0.25, 0.1, 0.1
+EFFICIENCY, PER_CTA, ORDER = "attention_efficiency", "attention_cta_us", "attention_overlap_order"
+# 1 / order, which is smooth where the overlap becomes perfect (order 0).
+OVERLAP, LEAST_OVERLAP = "inverse overlap order", 0.02
+# A kernel may be many launches, or move every operand several times; beyond this something else is wrong.
+MOST_START_US, LEAST_TRAFFIC, MOST_TRAFFIC = 1e4, 0.05, 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class OthersFit:
+    """The device with attention or elementwise kernels fitted, and the estimates behind it."""
+
+    device: DeviceSpec
+    estimates: dict[str, Estimate]
+
+
+def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
+    """Start and traffic of every name that was measured; the start of the others is taken to be their median."""
+    device, estimates = base, dict[str, Estimate]()
+    names = sorted({str(row.at["name"]) for row in rows})
+    for name in names:
+        fit = _fit_names([row for row in rows if row.at["name"] == name], [name], device, ())
+        device, estimates = fit.device, estimates | fit.estimates
+    device, typical = _typical_start(device, estimates, names, "elementwise_start_us")
+    return OthersFit(device, estimates | typical)
+
+
+def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
+    """What all attention kernels share, and start and traffic of every name."""
+    names = sorted({str(row.at["name"]) for row in rows})
+    value, per_cta = base.attention_efficiency, base.attention_cta_us
+    overlap = 1.0 / base.attention_overlap_order if base.attention_overlap_order else 0.0
+    shared = (
+        Parameter(EFFICIENCY, value, 1e-3, 1.0, value),
+        Parameter(PER_CTA, per_cta or 0.5, 0.0, MOST_START_US, per_cta, KNOWN_CTA_US),
+        Parameter(OVERLAP, overlap or 0.5, 0.0, 1.0, overlap, KNOWN_SHARE),
+    )
+    fit = _fit_names(rows, names, base, shared)
+    device, typical = _typical_start(fit.device, fit.estimates, names, "attention_start_us")
+    estimates, inverse = fit.estimates | typical, fit.estimates[OVERLAP]
+    del estimates[OVERLAP]
+    order = device.attention_overlap_order
+    estimates[ORDER] = replace(inverse, name=ORDER, value=order, error=inverse.error * order**2)
+    return OthersFit(device, estimates)
+
+
+def _fit_names(
+    rows: Sequence[Measurement], names: Sequence[str], base: DeviceSpec, shared: tuple[Parameter, ...]
+) -> OthersFit:
+    known = {operation.name: operation for operation in base.operations}
+    parameters = list(shared)
+    for name in names:
+        before = known.get(name, OperationSpec(name=name, start_us=_start_of(base, rows)))
+        # The shortest of them is little more than its start.
+        start = 0.8 * min(row.values["us"] for row in rows if row.at["name"] == name)
+        traffic = before.traffic
+        parameters.append(Parameter(f"{name} start_us", start, 0.0, MOST_START_US, before.start_us, KNOWN_US))
+        parameters.append(Parameter(f"{name} traffic", traffic, LEAST_TRAFFIC, MOST_TRAFFIC, traffic))
+    parts = []
+    for name in names:
+        some = [row for row in rows if row.at["name"] == name]
+        points = Others.of([kernel_of(row) for row in some], [withheld_of(row) for row in some])
+        parts.append((name, points, np.array([row.values["us"] for row in some])))
+
+    def log_ratio(values: dict[str, float]) -> Floats:
+        device = _shared(base, values)
+        found = [
+            np.log((others_us(p, device, values[f"{n} start_us"], values[f"{n} traffic"]) + base.graph_gap_us) / us)
+            for n, p, us in parts
+        ]
+        joined: Floats = np.concatenate(found)
+        return joined
+
+    ordered = [row for name in names for row in rows if row.at["name"] == name]
+    sigma = sigma_of([row.values["us"] for row in ordered], [row.spread.get("us", 0.0) for row in ordered])
+    groups = tuple(shape_identity(row) for row in ordered)
+    estimates = solve(Problem(tuple(parameters), log_ratio, sigma, groups, is_staircase=True)).estimates
+    return OthersFit(_with_operations(base, names, estimates), estimates)
+
+
+def _with_operations(base: DeviceSpec, names: Sequence[str], estimates: dict[str, Estimate]) -> DeviceSpec:
+    """The device with the operations of which something was determined."""
+    operations = {operation.name: operation for operation in base.operations}
+    for name in names:
+        start, traffic = estimates[f"{name} start_us"], estimates[f"{name} traffic"]
+        if start.is_determined or traffic.is_determined:
+            operations[name] = OperationSpec(name=name, start_us=start.value, traffic=traffic.value)
+    shared = _shared(base, {name: estimate.value for name, estimate in estimates.items()})
+    return msgspec.structs.replace(shared, operations=tuple(operations.values()))
+
+
+def _shared(base: DeviceSpec, values: dict[str, float]) -> DeviceSpec:
+    """The device with what all attention kernels share; as it is if that is not among the values."""
+    if EFFICIENCY not in values:
+        return base
+    overlap = values[OVERLAP]
+    order = 1.0 / overlap if overlap >= LEAST_OVERLAP else 0.0
+    return msgspec.structs.replace(
+        base, attention_efficiency=values[EFFICIENCY], attention_cta_us=values[PER_CTA], attention_overlap_order=order
+    )
+
+
+def _typical_start(
+    device: DeviceSpec, estimates: dict[str, Estimate], names: Sequence[str], field: str
+) -> tuple[DeviceSpec, dict[str, Estimate]]:
+    """What kernels of other names take at least: the median of those that were measured, as uncertain as they vary."""
+    starts = [e.value for name in names if (e := estimates[f"{name} start_us"]).is_determined]
+    if not starts:
+        return device, {field: Estimate(field, getattr(device, field), float("nan"), False, "no start was determined")}
+    middle = median(starts)
+    error = float(np.std(starts, ddof=1)) if len(starts) > 1 else estimates[f"{names[0]} start_us"].error
+    return msgspec.structs.replace(device, **{field: middle}), {field: Estimate(field, middle, error, True)}
+
+
+def _start_of(base: DeviceSpec, rows: Sequence[Measurement]) -> float:
+    return base.attention_start_us if rows[0].what == "attention" else base.elementwise_start_us

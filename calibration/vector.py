@@ -1,0 +1,156 @@
+"""The simulator's solo costs for many kernels at once: `sim.cost` said again in numpy, equal to the last bit or so.
+
+A fit asks for thousands of kernels hundreds of times; a test holds both statements together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.kernel import Kernel, Kind
+from policy.batch import TICK_US
+from sim.cost import MAX_SPLIT_WAVES, MIN_SPLIT_INNER, PARTIAL_BYTES, SPLITS, memory_bandwidth
+from sim.spec import DeviceSpec
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gemms:
+    """GEMMs as columns."""
+
+    rows: Ints
+    cols: Ints
+    inner: Ints
+    bytes_moved: Floats
+    withheld: Ints
+
+    @classmethod
+    def of(cls, kernels: Sequence[Kernel], withheld: Sequence[int]) -> Gemms:
+        """The columns of these kernels, each under its partition."""
+        shapes = np.array([(k.rows, k.cols, k.inner) for k in kernels], dtype=np.int64).reshape(-1, 3)
+        moved = np.array([k.bytes_moved for k in kernels], dtype=np.float64)
+        return cls(shapes[:, 0], shapes[:, 1], shapes[:, 2], moved, np.array(withheld, dtype=np.int64))
+
+    def some(self, which: NDArray[np.bool_] | Ints) -> Gemms:
+        """Some of them."""
+        return Gemms(
+            self.rows[which], self.cols[which], self.inner[which], self.bytes_moved[which], self.withheld[which]
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Others:
+    """Attention or elementwise kernels as columns."""
+
+    flops: Floats
+    bytes_moved: Floats
+    num_ctas: Ints
+    withheld: Ints
+    are_attention: bool
+
+    @classmethod
+    def of(cls, kernels: Sequence[Kernel], withheld: Sequence[int]) -> Others:
+        """The columns of these kernels, which are all of one kind."""
+        flops = np.array([k.flops for k in kernels], dtype=np.float64)
+        moved = np.array([k.bytes_moved for k in kernels], dtype=np.float64)
+        ctas = np.array([k.num_ctas for k in kernels], dtype=np.int64)
+        return cls(flops, moved, ctas, np.array(withheld, dtype=np.int64), kernels[0].kind is Kind.ATTENTION)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shapes:
+    """`sim.cost.Shape` as columns."""
+
+    num_ctas: Ints
+    cta_us: Floats
+    cta_bytes: Floats
+    lead_us: Floats
+    overlap_order: float
+
+
+def others_us(points: Others, device: DeviceSpec, start_us: float, traffic: float) -> Floats:
+    """Solo microseconds of kernels of one operation that starts and moves bytes so."""
+    sm_flops = device.peak_tflops * 1e6 / device.num_sms
+    cta_bytes = points.bytes_moved * traffic / points.num_ctas
+    busy, order = np.zeros(len(cta_bytes)), 0.0
+    if points.are_attention:
+        busy = points.flops / points.num_ctas / (sm_flops * device.attention_efficiency) + device.attention_cta_us
+        order = device.attention_overlap_order
+    lead = start_us / -(-points.num_ctas // device.num_sms)
+    cta_us = np.maximum(busy, cta_bytes / (device.sm_bandwidth_gb_s * 1e3))
+    shapes = _Shapes(points.num_ctas, cta_us, cta_bytes, lead, order)
+    return _alone_us(shapes, np.maximum(1, device.num_sms - points.withheld), device)
+
+
+def gemms_us(points: Gemms, device: DeviceSpec) -> Floats:
+    """Solo microseconds, each of the tile and split that the library takes."""
+    slots = np.maximum(1, device.num_sms - points.withheld)
+    width = slots if device.gemm_sees_partition else np.full_like(slots, device.num_sms)
+    size = len(points.rows)
+    chosen_us, chosen_ctas, found = np.full(size, np.inf), np.zeros(size, dtype=np.int64), np.full(size, np.inf)
+    same = bool((slots == width).all())
+    for tile_rows, tile_cols, share in device.gemm_tiles:
+        tiles = -(-points.rows // tile_rows) * -(-points.cols // tile_cols)
+        for split in SPLITS:
+            few = (tiles * split <= MAX_SPLIT_WAVES * width) & (points.inner // split >= MIN_SPLIT_INNER)
+            which = np.flatnonzero(few) if split > 1 else np.arange(size)
+            if not len(which):
+                break
+            some = points.some(which)
+            shapes = _gemm_shapes(some, device, (tile_rows * tile_cols, share), tiles[which], split, width[which])
+            us = _alone_us(shapes, width[which], device)
+            better = (us < chosen_us[which]) | ((us == chosen_us[which]) & (shapes.num_ctas < chosen_ctas[which]))
+            taken = which[better]
+            chosen_us[taken], chosen_ctas[taken] = us[better], shapes.num_ctas[better]
+            real = us if same else _alone_us(shapes, slots[which], device)
+            found[taken] = real[better]
+    return found
+
+
+def _gemm_shapes(
+    points: Gemms, device: DeviceSpec, tile: tuple[int, float], tiles: Ints, split: int, width: Ints
+) -> _Shapes:
+    """One tile (its elements and share) and one split, for all points."""
+    sm_flops = device.peak_tflops * 1e6 * device.gemm_efficiency / device.num_sms
+    idle = device.ramp_us * memory_bandwidth(device)
+    area, share = tile
+    ctas = tiles * split
+    busy = 2.0 * area * points.inner / split / (sm_flops * share)
+    partial = 0.0 if split == 1 else float(PARTIAL_BYTES) * points.rows * points.cols * split
+    moved = points.bytes_moved + partial
+    alone = moved / ctas / (device.sm_bandwidth_gb_s * 1e3)
+    waves = -(-ctas // width)
+    filled = np.ones(len(ctas))
+    if device.gemm_balance:
+        many = ctas > width
+        filled[many] = (1.0 - device.gemm_balance + device.gemm_balance * ctas / (waves * width))[many]
+        ctas = np.where(many, waves * width, ctas)
+    lead = np.zeros(len(ctas)) if split == 1 else device.split_us / waves
+    cta_us = (device.cta_start_us + np.maximum(busy, alone)) * filled
+    return _Shapes(ctas, cta_us, (moved + idle) / ctas, lead, device.gemm_overlap_order)
+
+
+def _alone_us(shapes: _Shapes, slots: Ints, device: DeviceSpec) -> Floats:
+    bandwidth = memory_bandwidth(device)
+    waves, rest = np.divmod(shapes.num_ctas, slots)
+    full = np.where(waves > 0, _up_to_grid(waves * _pace_us(shapes, slots, bandwidth)), 0.0)
+    return full + np.where(rest > 0, _up_to_grid(_pace_us(shapes, rest, bandwidth)), 0.0)
+
+
+def _pace_us(shapes: _Shapes, ctas: Ints, bandwidth: float) -> Floats:
+    stream_us = ctas * shapes.cta_bytes / bandwidth
+    longer = np.maximum(shapes.cta_us, stream_us)
+    if shapes.overlap_order:
+        ratio = np.minimum(shapes.cta_us, stream_us) / np.maximum(longer, 1e-300)
+        longer = longer * (1.0 + ratio**shapes.overlap_order) ** (1.0 / shapes.overlap_order)
+    return shapes.lead_us + longer
+
+
+def _up_to_grid(times_us: Floats) -> Floats:
+    return np.maximum(1.0, np.ceil(times_us / TICK_US)) * TICK_US

@@ -1,0 +1,98 @@
+"""`weft calibrate` as a user meets it: a folder in, a node file, a report and pictures out; mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policy.profile_table import profile_from
+from sim.spec import load_node
+from tests.calibration.synthetic import Surveyor, truth
+from traces.measurement import ROWS, Conditions, write_measurements
+from weft.cli import main
+
+CONDITIONS: dict[str, Any] = {
+    "gpu": "NVIDIA H200", "num_gpus": 4, "num_sms": 132, "driver": "580", "torch": "2.11", "nccl": "2.28",
+    "link_mode": "as-is", "dtype": "float16", "weft": "0.1.0", "date": "2026-11-21",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    surveyor = Surveyor(truth())
+    rows = [*surveyor.gemms((16, 256, 1024), cuts=(1,)), *surveyor.collectives(), *surveyor.pairs((256,))[::6]]
+    return survey(tmp_path / "survey", rows=[*rows, *surveyor.others()[::3]])
+
+
+def survey(path: Path, rows: list[Any], **changes: Any) -> Path:
+    write_measurements(path, Conditions(**(CONDITIONS | changes)), rows)
+    return path
+
+
+def test_a_node_a_report_and_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report = tmp_path / "mine.toml", tmp_path / "report"
+    assert main(["calibrate", str(folder), "--out", str(out), "--report", str(report)]) == 0
+    said = capsys.readouterr().out
+    assert "held out" in said and "gemm_efficiency" in said and "not determined" in said
+    load_node.cache_clear()
+    node = load_node(str(out))
+    assert (node.name, node.num_gpus) == ("mine", 4)
+    assert node.fit is not None
+    assert node.fit.measurements.keys() == {"survey"}
+    assert node.fit.conditions["link_mode"] == "as-is"
+    assert json.loads((report / "report.json").read_text())["errors"]["gemm"]["held_out"]["mean"] < 0.06
+    assert (report / "report.txt").read_text() in said
+    for kind in ("gemm", "collective", "elementwise", "attention", "pair-compute", "pair-comm", "pair-delay"):
+        assert (report / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    profiles = list(report.glob("profile-*.json"))
+    assert profiles
+    profile_from(json.loads(profiles[0].read_text()))
+    # The node runs, and says what it does not know and that it was changed.
+    text = out.read_text(encoding="utf-8")
+    out.write_text(text.replace("event_gap_us = 1.0", "event_gap_us = 1.5"), encoding="utf-8")
+    load_node.cache_clear()
+    run = ["simulate", "--node", str(out), "--model", "opt-30b", "--num-prompts", "4", "--input-len", "1500"]
+    assert main(run) == 0
+    said = capsys.readouterr().out
+    assert "numbers were changed after they were fitted" in said
+    assert "beyond the node's tables and its fit, so extrapolated" in said
+    assert main(["nodes", str(out)]) == 0
+    assert "numbers were changed after they were fitted" in capsys.readouterr().out
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["calibrate", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("weft: error: ") and said.count("\n") == 1
+    return said
+
+
+def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "n.toml"
+    assert "conditions.json" in mistake(capsys, tmp_path, "--out", out)
+    assert "*.toml" in mistake(capsys, folder, "--out", tmp_path / "n.json")
+    assert "b200" in mistake(capsys, folder, "--out", out, "--base", "b200")
+    assert "make it first" in mistake(capsys, folder, "--out", tmp_path / "missing" / "n.toml")
+    rows = Surveyor(truth()).host(launch=9.0)
+    other = survey(tmp_path / "other", rows, link_mode="host-staged")
+    assert "link_mode is 'host-staged', not 'as-is'" in mistake(capsys, folder, other, "--out", out)
+    empty = survey(tmp_path / "empty", [])
+    assert "nothing to fit" in mistake(capsys, empty, "--out", out)
+    path = folder / ROWS
+    path.write_bytes(path.read_bytes().replace(b'"rows": 256', b'"rows": 255', 1))
+    assert "changed after it was finished" in mistake(capsys, folder, "--out", out)
+    assert not out.exists()
+
+
+def test_old_and_foreign_measurements_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Surveyor(truth()).host(launch=9.0, event=1.5)
+    path = survey(tmp_path / "old", rows, gpu="NVIDIA A100-SXM4-80GB", date="2024-01-02")
+    (path / "manifest.json").unlink()
+    assert main(["calibrate", str(path), "--out", str(tmp_path / "n.toml")]) == 0
+    said = capsys.readouterr().out
+    assert "foreign: the measurements are of NVIDIA A100-SXM4-80GB" in said
+    assert "stale: the measurements are" in said
+    assert "unfinished" in said

@@ -1,0 +1,239 @@
+"""Fits recover what synthetic measurements were made from, within their stated errors, and leave the rest alone."""
+
+from __future__ import annotations
+
+from datetime import date
+from math import isfinite
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from calibration.collectives import fit_tables
+from calibration.fit import About, Fit, fit_node
+from calibration.holdout import is_held_out
+from calibration.node_file import beliefs, measured_models, node_text, write_node
+from calibration.report import data_of, lines_of
+from models.kernel import Kind, collective, gemm
+from policy.profile_table import profile_from
+from sim.cost import Costs
+from sim.fitted import fit_notes
+from sim.spec import NodeSpec, load_node
+from tests.calibration.synthetic import MODEL_IDS, NOISE, Surveyor, truth
+from traces.measurement import Measurement
+
+BASE = "h200-nvlink-x4"
+ABOUT = About("toy", "2026-11-21", "NVIDIA H200", {"link_mode": "as-is"}, {"first": "ab" * 32})
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Measurement]:
+    surveyor = Surveyor(truth())
+    return [*surveyor.gemms(), *surveyor.others(), *surveyor.collectives(), *surveyor.host(issue=30.0, event=1.2)]
+
+
+@pytest.fixture(scope="module")
+def fit(rows: list[Measurement]) -> Fit:
+    return fit_node(rows, load_node(BASE), ABOUT)
+
+
+def assert_recovered(fit: Fit, true: dict[str, float]) -> None:
+    for name, value in true.items():
+        estimate = fit.estimates["device"][name]
+        assert estimate.is_determined, name
+        assert isfinite(estimate.error)
+        assert abs(estimate.value - value) < 3.0 * estimate.error, (name, estimate, value)
+        assert estimate.error < 0.5 * value
+
+
+def test_gemm_parameters_are_recovered_from_a_wrong_start(fit: Fit) -> None:
+    names = ("gemm_efficiency", "hbm_efficiency", "cta_start_us", "ramp_us", "gemm_overlap_order", "gemm_balance",
+             "split_us")  # fmt: skip
+    assert_recovered(fit, {name: getattr(truth().device, name) for name in names})
+
+
+def test_attention_and_elementwise_are_recovered(fit: Fit) -> None:
+    device = truth().device
+    true = {name: getattr(device, name) for name in ("attention_efficiency", "attention_cta_us")}
+    for operation in device.operations:
+        true |= {f"{operation.name} start_us": operation.start_us, f"{operation.name} traffic": operation.traffic}
+    # Traffic is counted at the fitted bandwidth, whose own error is not in the error of traffic.
+    share = fit.node.device.hbm_efficiency / device.hbm_efficiency
+    assert_recovered(fit, {n: v * share if n.endswith("traffic") else v for n, v in true.items()})
+
+
+def test_what_was_held_out_is_predicted_as_well_as_it_was_measured(fit: Fit) -> None:
+    for kind, factor in (("gemm", 1.5), ("attention", 1.5), ("elementwise", 1.5), ("collective", 2.0)):
+        error = fit.held_out_error(kind)
+        # The mean of |normal| is 0.8 of its standard deviation.
+        assert error is not None
+        assert error < factor * NOISE, kind
+        assert any(r.is_held_out for r in fit.residuals if r.kind == kind)
+
+
+def test_tables_have_a_knot_at_every_size_that_was_seen(fit: Fit, rows: list[Measurement]) -> None:
+    costs, true = Costs(fit.node), Costs(truth())
+    for ctas in (0, 8):
+        for size in (4096, 1 << 16, 3 << 18, 1 << 26):
+            kernel = collective("c", Kind.ALL_REDUCE, size, 4)
+            assert costs.solo_us(kernel, 0, ctas) == pytest.approx(true.solo_us(kernel, 0, ctas), rel=0.09)
+    table = next(t for t in fit.node.link.tables if (t.op, t.ctas) == ("all_reduce", 8))
+    seen = {int(r.at["bytes"]) for r in rows if r.what == "collective" and not is_held_out(r)}
+    assert seen <= set(table.bytes)
+    # What was not measured is the base's.
+    kept = [t for t in load_node(BASE).link.tables if t.op == "all_gather"]
+    assert [t for t in fit.node.link.tables if t.op == "all_gather"] == kept
+
+
+def test_classes_without_rows_are_not_determined_and_keep_the_base(fit: Fit) -> None:
+    base = load_node(BASE)
+    assert fit.node.contention == base.contention
+    assert not any(e.is_determined for e in fit.estimates["contention"].values())
+    assert fit.node.sources["contention.gemm_by_comm"].startswith("estimate: ")
+    assert not fit.estimates["host"]["broadcast_us"].is_determined
+    assert fit.node.host.broadcast_us == base.host.broadcast_us
+    assert fit.node.sources["host.broadcast_us"].startswith("estimate: ")
+    assert "contention.gemm_by_comm" in fit.node.estimates
+    assert "device.gemm_efficiency" not in fit.node.estimates
+    assert "elementwise" in "\n".join(lines_of(fit))
+
+
+def test_only_gemms_leave_everything_else_as_it_was() -> None:
+    base = load_node("a100-nvlink-x4")
+    found = fit_node(Surveyor(base).gemms((64, 512), cuts=(1,)), base, ABOUT)
+    assert (found.node.link, found.node.host, found.node.contention) == (base.link, base.host, base.contention)
+    assert found.node.device.attention_efficiency == base.device.attention_efficiency
+    assert found.node.sources["device.attention_efficiency"].startswith("estimate: ")
+    assert "no rows" in "\n".join(lines_of(found))
+
+
+def test_host_costs_are_those_of_the_executors_launches(fit: Fit) -> None:
+    host = fit.node.host
+    assert host.event_us == pytest.approx(1.2, rel=4 * NOISE)
+    assert host.launch_us == pytest.approx(30.0 - 2 * 1.2, rel=4 * NOISE)
+
+
+def test_nothing_to_fit_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="nothing to fit"):
+        fit_node([], load_node(BASE), ABOUT)
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_whether_the_library_sees_partitions_is_found(sees: bool) -> None:
+    true = truth()
+    true = msgspec.structs.replace(true, device=msgspec.structs.replace(true.device, gemm_sees_partition=sees))
+    found = fit_node(Surveyor(true).gemms((64, 512, 2048), (0, 24), (1,)), load_node(BASE), ABOUT)
+    assert found.node.device.gemm_sees_partition is sees
+    assert found.node.link.partitions == (0, 24)
+
+
+def test_contention_is_recovered() -> None:
+    true = truth()
+    base = msgspec.structs.replace(true, contention=load_node(BASE).contention)
+    found = fit_node(Surveyor(true).pairs((256, 1024))[::2], base, ABOUT)
+    for name in ("gemm_by_comm", "elementwise_by_comm", "attention_by_comm", "comm_by_compute"):
+        estimate = found.estimates["contention"][name]
+        assert estimate.is_determined, name
+        assert abs(estimate.value - getattr(true.contention, name)) < 3.5 * estimate.error + 0.01, (name, estimate)
+    for kind in ("pair: compute", "pair: comm"):
+        error = found.held_out_error(kind)
+        assert error is not None
+        assert error < 0.05
+
+
+def test_the_default_number_of_ctas_is_more_than_any_that_was_slower() -> None:
+    surveyor = Surveyor(truth())
+    base = load_node(BASE).link
+    rows = surveyor.collectives()
+    default = [row for row in rows if row.at["op"] == "all_reduce" and not row.at["ctas"]]
+    slower = [moved(row, {"ctas": 16}, 1.5) for row in default]
+    tables = {f.table.ctas: f for f in fit_tables([*rows, *slower], base, 1.0) if f.table.op == "all_reduce"}
+    assert set(tables) == {8, 16, 24}
+    assert "estimate" in tables[24].note
+    equal = [moved(row, {"ctas": 16}, 1.0) for row in default]
+    assert {f.table.ctas for f in fit_tables([*rows, *equal], base, 1.0) if f.table.op == "all_reduce"} == {8, 16}
+
+
+def moved(row: Measurement, at: dict[str, int], factor: float) -> Measurement:
+    """The row at another place, so many times as long."""
+    values = {name: factor * value for name, value in row.values.items()}
+    return Measurement(row.what, row.at | at, values, row.spread, row.repetitions)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, node: NodeSpec, *changes: tuple[str, str]) -> NodeSpec:
+    path = tmp_path / "toy.toml"
+    write_node(path, node)
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text, encoding="utf-8")
+    load_node.cache_clear()
+    return load_node(str(path))
+
+
+def test_a_node_file_is_read_back_as_it_was(fit: Fit, tmp_path: Path) -> None:
+    node = written(tmp_path, fit.node)
+    assert node.numbers_digest == fit.node.numbers_digest
+    for part in ("device", "host", "link", "contention", "fit"):
+        assert getattr(node, part) == getattr(fit.node, part)
+    assert fit_notes(node) == ()
+    assert "[fit.ranges]" in node_text(node)
+    for key, source in node.sources.items():
+        assert source, key
+    gemms = node.sources["device.gemm_efficiency"]
+    assert gemms.startswith("fitted: NVIDIA H200, 2026-11-21")
+    assert "held-out error" in gemms and "standard error" in gemms
+
+
+def test_changed_stale_and_foreign_files_are_noticed(fit: Fit, tmp_path: Path) -> None:
+    efficiency = f"gemm_efficiency = {fit.node.device.gemm_efficiency}"
+    (changed,) = fit_notes(written(tmp_path, fit.node, (efficiency, "gemm_efficiency = 0.99")))
+    assert "changed after they were fitted" in changed
+    # Words are not numbers.
+    assert fit_notes(written(tmp_path, fit.node, ("description = ", 'description = "mine" # '))) == ()
+    assert fit_notes(fit.node, date(2027, 1, 1)) == ()
+    (stale,) = fit_notes(fit.node, date(2027, 9, 1))
+    assert "stale" in stale
+    (foreign,) = fit_notes(written(tmp_path, fit.node, ('gpu = "NVIDIA H200"', 'gpu = "NVIDIA A100-SXM4-80GB"')))
+    assert "foreign" in foreign
+
+
+def test_questions_beyond_the_fit_are_noticed(fit: Fit) -> None:
+    costs = Costs(fit.node)
+    assert not costs.out_of_range(gemm("fc1", 256, 7168, 7168))
+    assert costs.beyond(gemm("fc1", 8192, 7168, 7168)) == "fc1 of 8192 rows (fitted from 16 to 2048)"
+    assert "inner" in costs.beyond(gemm("fc1", 256, 7168, 70000))
+    assert costs.out_of_range(collective("c", Kind.ALL_REDUCE, 512, 4))
+    assert costs.out_of_range(collective("c", Kind.ALL_REDUCE, 1 << 30, 4))
+    assert not costs.out_of_range(collective("c", Kind.ALL_REDUCE, 1 << 20, 4))
+    assert not Costs(load_node(BASE)).out_of_range(gemm("fc1", 8192, 7168, 7168))
+
+
+def test_the_report_as_data_has_everything(fit: Fit, rows: list[Measurement]) -> None:
+    data = data_of(fit)
+    assert len(data["residuals"]) == sum(r.what != "host" for r in rows)
+    assert data["errors"]["gemm"]["held_out"]["count"] == sum(r.what == "gemm" and is_held_out(r) for r in rows)
+    assert data["parameters"]["contention"]["gemm_by_comm"] | {"why": ""} == {
+        "value": 1.1, "standard_error": None, "determined": False, "why": "",
+    }  # fmt: skip
+
+
+def test_beliefs_are_a_profile(fit: Fit, rows: list[Measurement]) -> None:
+    models = measured_models(rows, fit.node)
+    assert {config.model_id for config, _ in models} >= set(MODEL_IDS)
+    config, tp = next((config, tp) for config, tp in models if config.model_id == "opt-30b")
+    assert tp == 4
+    profile = profile_from(beliefs(fit.node, config, tp, rows))
+    true = Costs(truth())
+    width = config.hidden_size
+    for size in (16, 256, 2048):
+        for kernel in (gemm("fc1", size, 7168, width), collective("c", Kind.ALL_REDUCE, size * width * 2, 4)):
+            expected = true.solo_us(kernel) + fit.node.device.graph_gap_us
+            assert profile.solo_us(kernel, 0, 0) == pytest.approx(expected, rel=0.15)
+    assert profile.partitions == fit.node.link.partitions
+    pair = gemm("fc1", 256, 7168, width), collective("c", Kind.ALL_REDUCE, 1 << 20, 4)
+    assert 1.0 < profile.contention(*pair, 0, 0).compute < 2.0

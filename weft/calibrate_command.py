@@ -1,0 +1,138 @@
+"""`weft calibrate`: a node from measurements, with standard errors, and how far it is from what it did not see."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calibration.fit import About, Fit
+    from sim.spec import NodeSpec
+    from traces.measurement import Conditions, Measurement
+
+DEFAULT_BASE = "h200-nvlink-x4"
+UNFINISHED = "unfinished: the survey was cut off or still runs"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `weft calibrate` to the command line."""
+    help_text = "fit a simulated node to measurements"
+    parser = subparsers.add_parser("calibrate", help=help_text, description=__doc__)
+    folders_help = "folders that `weft measure` or `weft import` wrote, all of one machine and link mode"
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=folders_help)
+    out_help = "the node file to write; its name becomes the node's"
+    parser.add_argument("--out", type=Path, required=True, metavar="NODE.toml", help=out_help)
+    base_help = f"node that keeps what the measurements cannot tell (default: {DEFAULT_BASE})"
+    parser.add_argument("--base", default=DEFAULT_BASE, metavar="NODE", help=base_help)
+    report_help = "folder for the report: text, JSON, a picture per class, and beliefs for policies"
+    parser.add_argument("--report", type=Path, metavar="DIR", help=report_help)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling behind standard errors")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, fit, print, write."""
+    from calibration.fit import fit_node
+    from calibration.node_file import write_node
+    from calibration.report import lines_of
+    from sim.fitted import same_gpu
+    from sim.spec import load_node
+    from weft.simulate_command import check_writable
+
+    if args.out.suffix != ".toml":
+        raise ValueError(f"--out {args.out}: a node file must be named *.toml")
+    check_writable(args.out)
+    base = load_node(args.base)
+    conditions, rows, about = read_folders(args.folders, args.out.stem)
+    cautions = [f"{folder}: {UNFINISHED}" for folder, c in zip(args.folders, conditions, strict=True) if not c.finished]
+    if not same_gpu(about.gpu, base.device.name):
+        cautions.append(
+            f"foreign: the measurements are of {about.gpu}, the base node {base.name} is {base.device.name}; what was "
+            "not measured stays that of the base (--base)"
+        )
+    cautions += _stale(about)
+    fit = fit_node(rows, on_machine(base, conditions[0]), about, args.seed)
+    print("\n".join(lines_of(fit)))
+    for caution in cautions:
+        print(f"caution: {caution}")
+    write_node(args.out, fit.node)
+    for path in [args.out, *(_write_report(fit, rows, args.report) if args.report is not None else [])]:
+        print(f"wrote {path}")
+    return 0
+
+
+def read_folders(folders: list[Path], name: str) -> tuple[list[Conditions], list[Measurement], About]:
+    """The rows of all folders. Raises ValueError if they are not of one machine and link mode."""
+    import hashlib
+
+    from calibration.fit import About
+    from traces.measurement import ROWS, read_measurements
+
+    conditions: list[Conditions] = []
+    rows: list[Measurement] = []
+    hashes: dict[str, str] = {}
+    for folder in folders:
+        found, some = read_measurements(folder)
+        if conditions and (why := _difference(conditions[0], found)):
+            raise ValueError(f"{folder}: not of the same machine as {folders[0]}: {why}; calibrate them apart")
+        if folder.resolve().name in hashes:
+            raise ValueError(f"{folder}: two folders of that name; give each a name of its own")
+        conditions.append(found)
+        rows += some
+        path = folder / ROWS
+        hashes[folder.resolve().name] = hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()
+    first = conditions[0]
+    told = {"link_mode": first.link_mode, "num_gpus": str(first.num_gpus), "driver": first.driver,
+            "torch": first.torch, "nccl": first.nccl, "dtype": first.dtype, "weft": first.weft}  # fmt: skip
+    # The oldest rows decide how old the fit is.
+    measured = min((c.date for c in conditions if c.date), default="")
+    return conditions, rows, About(name, measured[:10] or "undated", first.gpu, told | first.environment, hashes)
+
+
+def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:
+    """The base node with as many SMs as the machine's GPUs had, if it says."""
+    import msgspec
+
+    device = base.device
+    if conditions.num_sms > 0 and conditions.num_sms != device.num_sms:
+        device = msgspec.structs.replace(device, num_sms=conditions.num_sms)
+    return msgspec.structs.replace(base, device=device)
+
+
+def _difference(one: Conditions, two: Conditions) -> str:
+    # The environment of imported rows names the files that they came from.
+    imported = "imported" in one.environment or "imported" in two.environment
+    for name in ("gpu", "num_sms", "link_mode", *(() if imported else ("environment",))):
+        if getattr(one, name) != getattr(two, name):
+            return f"{name} is {getattr(two, name)!r}, not {getattr(one, name)!r}"
+    return ""
+
+
+def _stale(about: About) -> list[str]:
+    from sim.fitted import STALE_DAYS, age_days
+
+    age = age_days(about.date, date.today())
+    if age is None:
+        return ["the measurements say no date"]
+    return [f"stale: the measurements are {age} days old ({about.date})"] if age > STALE_DAYS else []
+
+
+def _write_report(fit: Fit, rows: list[Measurement], folder: Path) -> list[Path]:
+    import json
+
+    from calibration.node_file import beliefs, measured_models
+    from calibration.plots import write_plots
+    from calibration.report import data_of, lines_of
+    from traces.files import write_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = write_plots(fit, folder)
+    texts = {"report.txt": "\n".join(lines_of(fit)) + "\n", "report.json": json.dumps(data_of(fit), indent=1) + "\n"}
+    for config, tp in measured_models(rows, fit.node):
+        texts[f"profile-{config.model_id}-tp{tp}.json"] = json.dumps(beliefs(fit.node, config, tp, rows)) + "\n"
+    for name, text in texts.items():
+        write_whole(folder / name, text.encode())
+        paths.append(folder / name)
+    return paths

@@ -1,0 +1,200 @@
+"""`weft validate`: how far the simulator is from the hardware, level by level, on what no fit ever saw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from traces.files import write_whole
+
+if TYPE_CHECKING:
+    from calibration.validate import Inputs, Validation
+    from calibration.validate_serving import Served
+    from sim.spec import NodeSpec
+    from traces.timeline import Span
+
+LIVE_POLICIES = ("tensor", "interleaved")
+LIVE_RATES = (20.0, math.inf)
+RESULT, LIVE_RUNS = "validation.json", "live-runs.jsonl"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `weft validate` to the command line."""
+    parser = subparsers.add_parser(
+        "validate", help="one error table of the simulator against hardware", description=__doc__
+    )
+    parser.add_argument("--node", required=True, metavar="NODE", help="node name (see: weft nodes), or a TOML file")
+    measured_help = "folders of weft measure, or files or folders of forward*.jsonl from benchmarks/gpu_suite.py"
+    parser.add_argument("--measurements", type=Path, nargs="+", default=[], metavar="DIR", help=measured_help)
+    runs_help = "results of weft run --save-result --save-detailed; runs of equal settings are repeats"
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], metavar="FILE", help=runs_help)
+    timeline_help = "rank 0's files of weft run --timeline, one for each recorded run among --runs, in their order"
+    parser.add_argument("--timeline", type=Path, nargs="+", default=[], metavar="FILE", help=timeline_help)
+    all_help = "also single kernels and pairs that a fit may have seen (default: held-out shapes alone)"
+    parser.add_argument("--all-rows", action="store_true", help=all_help)
+    out_help = f"folder for {RESULT} and the pictures; made if missing"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    parser.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
+    _add_live_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_live_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("runs made now")
+    live_help = "make runs here, of every policy at every rate, and hold the node against them"
+    group.add_argument("--live", action="store_true", help=live_help)
+    policy_help = f"policies to run (default: {' '.join(LIVE_POLICIES)})"
+    group.add_argument("--policy", nargs="+", default=LIVE_POLICIES, metavar="POLICY", help=policy_help)
+    group.add_argument("--backend", choices=("nccl", "gloo"), help="default: nccl where there are GPUs, else gloo")
+    group.add_argument("--ranks", type=int, metavar="N", help="processes (default: the GPUs of this machine; gloo: 2)")
+    group.add_argument("--model", help="model id or JSON file (default: tiny-opt with gloo, llama-3-8b)")
+    group.add_argument("--layers", type=int, default=0, metavar="N", help="only the model's first N layers")
+    rate_help = "requests per second; inf: all at once (default: 20 inf)"
+    group.add_argument("--request-rate", type=float, nargs="+", default=LIVE_RATES, metavar="RATE", help=rate_help)
+    group.add_argument("--num-prompts", type=int, default=60, metavar="N", help="requests a run (default: 60)")
+    group.add_argument("--input-len", default="16:128", metavar="LEN", help="prompt tokens (default: 16:128)")
+    repeats_help = "how often every run is made; two or more show its own spread (default: 2)"
+    group.add_argument("--repeats", type=int, default=2, metavar="N", help=repeats_help)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; write everything where asked for. Large errors are a result, not a failure."""
+    from calibration.compare import read_sources
+    from calibration.validate import Inputs
+    from calibration.validate_serving import read_runs
+    from sim.spec import load_node
+
+    if not (args.measurements or args.runs or args.live):
+        raise ValueError("nothing to compare with; give --measurements, --runs or --live")
+    if args.timeline and not args.runs:
+        raise ValueError("--timeline shows recorded runs; give their results with --runs")
+    node = load_node(args.node)
+    # Written at the end; what cannot be should be known before.
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+    sources = tuple(source for path in args.measurements for source in read_sources(path, node))
+    runs = read_runs(args.runs)
+    recorded = _recorded(args.timeline, runs)
+    if args.live:
+        with _folder(args.out) as folder:
+            live, spans = _live(args, folder)
+        runs, recorded = runs + live, recorded + spans
+    found = _validate(args, node, Inputs(sources, tuple(runs), args.all_rows), recorded)
+    from calibration.validate_text import table
+
+    print("\n".join(table(found)))
+    if args.out is not None:
+        for path in _write(found, args.out):
+            print(f"wrote {path}")
+    return 0
+
+
+def _recorded(files: list[Path], runs: list[Served]) -> list[tuple[Served, list[Span]]]:
+    """The recorded runs with their spans, in order."""
+    from calibration.validate_timeline import read_spans
+
+    if not files:
+        return []
+    recorded = [served for served in runs if served.run.record]
+    if len(recorded) != len(files):
+        raise ValueError(
+            f"--timeline names {len(files)} files, but {len(recorded)} of the runs were recorded; give the file that "
+            "weft run --timeline wrote for rank 0, one for each"
+        )
+    return [(served, read_spans(path)) for served, path in zip(recorded, files, strict=True)]
+
+
+def _validate(
+    args: argparse.Namespace, node: NodeSpec, inputs: Inputs, recorded: list[tuple[Served, list[Span]]]
+) -> Validation:
+    from datetime import date
+
+    from calibration.validate import validate
+    from calibration.validate_timeline import stretch_of
+    from weft.progress import bar
+
+    with bar(inputs.num_steps(), "points", disable=args.disable_tqdm) as progress:
+        found = validate(node, inputs, date.today(), lambda: progress.update(1))
+    found.stretches = [stretch_of(node, served, spans) for served, spans in recorded]
+    return found
+
+
+def _write(found: Validation, folder: Path) -> list[Path]:
+    from calibration.validate import as_json
+    from calibration.validate_plots import write_pictures
+
+    result = folder / RESULT
+    write_whole(result, json.dumps(as_json(found), indent=1, allow_nan=False).encode() + b"\n")
+    return [result, *write_pictures(found, folder)]
+
+
+# -- runs made now ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Where live runs are kept: the folder asked for, or one that goes away."""
+    if out is not None:
+        yield out
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _live(args: argparse.Namespace, folder: Path) -> tuple[list[Served], list[tuple[Served, list[Span]]]]:
+    """Every policy at every rate, repeated; then one run recorded for its timeline."""
+    from calibration.validate_serving import read_runs
+    from weft.progress import bar
+    from weft.runs import RunConfig
+
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats} is not possible; give 1 or more")
+    common: dict[str, Any] = {"num_prompts": args.num_prompts, "input_len": args.input_len, "model": _live_model(args)}
+    configs = [
+        RunConfig(policy=policy, request_rate=rate, **common)
+        for policy in args.policy
+        for rate in args.request_rate
+        for _ in range(args.repeats)
+    ]
+    path = folder / LIVE_RUNS
+    path.unlink(missing_ok=True)
+    with bar(len(configs) + 1, "runs", disable=args.disable_tqdm) as progress:
+        for config in configs:
+            _execute(args, config, path)
+            progress.update(1)
+        last = RunConfig(policy=args.policy[-1], request_rate=args.request_rate[0], **common)
+        spans = _execute(args, last, path, record=True)
+    runs = read_runs([path])
+    return runs, [(runs[-1], [span for span in spans if span.rank == 0])]
+
+
+def _live_model(args: argparse.Namespace) -> str:
+    from weft.run_command import DEFAULT_MODELS
+
+    return str(args.model or DEFAULT_MODELS[_backend(args)])
+
+
+def _backend(args: argparse.Namespace) -> Any:
+    from weft.executed import count_gpus
+
+    return args.backend or ("nccl" if count_gpus() else "gloo")
+
+
+def _execute(args: argparse.Namespace, config: Any, path: Path, *, record: bool = False) -> list[Span]:
+    """One real run, its result added to the file; returns its spans."""
+    from weft.executed import World, count_gpus, execute
+    from weft.report import encode
+    from weft.run_command import GLOO_RANKS
+    from weft.simulate_command import detailed, save
+
+    backend = _backend(args)
+    ranks = args.ranks if args.ranks is not None else (count_gpus() or 1) if backend == "nccl" else GLOO_RANKS
+    finished, more = execute(config, World(backend, ranks, num_layers=args.layers), record=record)
+    save(path, encode(detailed(finished.timeline) | more | finished.result), append=True)
+    return finished.timeline.spans
