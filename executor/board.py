@@ -34,7 +34,7 @@ class Board:
     @staticmethod
     def make(num_ranks: int) -> str:
         """A file for a board, in memory where there is a place for that."""
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         handle, path = tempfile.mkstemp(prefix="weft-", dir=folder)
         with os.fdopen(handle, "wb") as file:
             file.truncate(_size(num_ranks))

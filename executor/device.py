@@ -18,7 +18,7 @@ from executor.order import OrderLog, OrderNote
 from executor.recorder import Piece
 from executor.slots import Slot
 from executor.weights import Weights
-from models.kernel import Fragment, FunctionVector
+from models.kernel import Fragment, FunctionVector, Kind
 from models.transformer import BatchShape
 from policy.batch import Batch
 from policy.round import Lane, Launch, Mark
@@ -237,6 +237,10 @@ class Device:
         span = (first, last)
         if launch.captured and not comm and last - first > 1 and self._graphs() is not None:
             calls = self._replays(batch, key, span, launch.max_ctas)
+        elif comm and last - first == 1 and self._graphs() is not None:
+            calls = [
+                self.replay_collective(self.bound(batch.slot, batch.shape)[first], launch.fragment, launch.max_ctas)
+            ]
         else:
             calls = self._calls(batch, span, launch.fragment, launch.max_ctas)
         notes = tuple(self._notes(batch, first, last, launch.fragment)) if comm or opaque else ()
@@ -286,6 +290,19 @@ class Device:
             return body
         opaque = batch.vectors[self.stage].run_end[span[0]] < span[1]
         return graphs.replay(_graph_key(batch, key, span, max_ctas), key, body, collectives=opaque)
+
+    def replay_collective(self, operation: Operation, part: Fragment | None, max_ctas: int) -> Body:
+        """A collective as a graph of its own, which costs the host less than half of its call. All layers of a batch
+        sum the same buffer, so one graph is enough for all of them."""
+        graphs, groups = self.parts.graphs, self.parts.groups
+        assert graphs is not None
+        assert isinstance(operation, Collective)
+        body = groups.call_of(operation, part, max_ctas)
+        if operation.kind is not Kind.ALL_REDUCE:
+            return body
+        buffer = operation.chunk(part)
+        key = ("all_reduce", buffer.data_ptr(), buffer.numel(), max_ctas)
+        return graphs.replay(key, COMM_KEY, body, collectives=True)
 
     def _notes(self, batch: Batch, first: int, last: int, part: Fragment | None) -> Iterator[OrderNote]:
         """What the order log is told of a range: the order in which collectives are issued is what ranks must agree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -91,13 +92,19 @@ def capture(pool: Any, body: Body) -> torch.cuda.CUDAGraph:
 
 @contextmanager
 def _ended(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """End the capture in any case; if its body failed, that is the error to tell."""
+    """End the capture in any case; if its body failed, that is the error to tell.
+
+    Nothing is collected meanwhile: what a forgotten event or graph does when it goes is not allowed inside a capture.
+    """
+    gc.disable()
     try:
         yield
     except BaseException:
         with suppress(RuntimeError):
             graph.capture_end()
         raise
+    finally:
+        gc.enable()
     graph.capture_end()
 
 

@@ -135,9 +135,7 @@ class Groups:
         """Run one collective, or one chunk of it."""
         self.call_of(collective, part, max_ctas)()
 
-    def call_of(
-        self, collective: Collective, part: Fragment | None = None, max_ctas: int = 0
-    ) -> Callable[[], None]:
+    def call_of(self, collective: Collective, part: Fragment | None = None, max_ctas: int = 0) -> Callable[[], None]:
         """The call that runs it; an all-reduce is prepared once, since its price is paid at every layer."""
         if collective.kind is not Kind.ALL_REDUCE:
             return lambda: self._move(collective, part)

@@ -6,6 +6,7 @@ import gc
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ from models.config import ModelConfig
 from models.kernel import FunctionVector
 from models.transformer import BatchShape, Layout, function_vector
 from policy.batching import shape_of
+from policy.lanes import Regime
 from policy.options import Options
 from policy.profile import Contention, Profile
 from policy.profile_table import profile_from
@@ -124,9 +126,10 @@ class Session:
         """Make and capture what the run will want, as far as that can be known."""
         run, device, shapes = opened.run, opened.device, opened.shapes
         on_gpu = self.place.device.type == "cuda"
-        withheld = self._foresee(run, opened.profile, shapes)
-        if withheld is not None and on_gpu and run.options.capture:
-            capture_ranges(device, shapes, withheld)
+        regimes = _regimes(run, opened.profile, shapes)
+        if regimes is not None and on_gpu and run.options.capture:
+            used = [regime for regime in regimes if regime.overlap]
+            capture_ranges(device, shapes, sorted({r.withheld_sms for r in used}), sorted({r.max_ctas for r in used}))
             device.seal(sealed=True)
             shapes = shapes[-1:]
         warm_up(device, opened.scheduler(), shapes if on_gpu else shapes[-1:])
@@ -278,16 +281,31 @@ class Session:
         scheduler.plan = PlanCache(POLICIES["interleaved"])
         prices = host_prices_us(device, scheduler, shapes[len(shapes) // 2])
         launch_us, round_us = self.mail.share("profile/host", prices, tuple)
-        return table | {"launch_us": launch_us, "round_us": round_us}
+        return _narrowed(run, table | {"launch_us": launch_us, "round_us": round_us}, shapes)
 
-    def _foresee(self, run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> tuple[int, ...] | None:
-        """Choose the regime of every pair of shapes now: in the run it would hold up every rank at each new pair. What
-        these regimes withhold; None if there are too many pairs to foresee."""
-        if run.policy != "interleaved" or len(shapes) > MAX_SHAPES_FORESEEN:
-            return None
-        vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
-        regimes = [choose_regime(pair, run.options, profile) for pair in product(vectors, vectors)]
-        return tuple(sorted({regime.withheld_sms for regime in regimes if regime.overlap}))
+
+def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> list[Regime] | None:
+    """The regimes of every pair of shapes, chosen now: in the run that would hold up every rank at each new pair. None
+    if there are too many pairs to foresee."""
+    if run.policy != "interleaved" or len(shapes) > MAX_SHAPES_FORESEEN:
+        return None
+    vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
+    return [
+        choose_regime(pair, run.options, profile, crowded=crowded)
+        for pair in product(vectors, vectors)
+        for crowded in (False, True)
+    ]
+
+
+def _narrowed(run: RunSettings, table: dict[str, Any], shapes: tuple[BatchShape, ...]) -> dict[str, Any]:
+    """Leave the policy only the SM partition that most pairs of shapes want: every further one needs graphs of its own
+    of everything."""
+    regimes = _regimes(run, profile_from(table), shapes)
+    wanted = Counter(regime.withheld_sms for regime in regimes or () if regime.overlap)
+    if not wanted or len(table["partitions"]) < 2:
+        return table
+    most = max(sorted(wanted), key=lambda withheld: wanted[withheld])
+    return table | {"partitions": [most]}
 
 
 UNASKED = Profile("none", lambda kernel, withheld, ctas: 0.0, lambda compute, comm, withheld, ctas: Contention())

@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from executor.device import Device
+from executor.device import COMM_KEY, Device
 from executor.inputs import tokens_of
 from executor.lanes import StreamKey
+from executor.operations import Collective
 from executor.results import HostTime
 from executor.slots import Slot
-from models.kernel import FunctionVector
+from models.kernel import FunctionVector, Kind
 from models.transformer import BatchShape, function_vector
 from policy.batch import Batch
 from policy.round import Lane
@@ -42,9 +43,11 @@ def host_prices_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> t
     return spent.issue_s / max(1, spent.launches) * 1e6, spent.plan_s / max(1, spent.rounds) * 1e6
 
 
-def capture_ranges(device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int]) -> None:
+def capture_ranges(
+    device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int], ctas: Sequence[int]
+) -> None:
     """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments on
-    the compute lane, and units on the fill lane. Equal on all ranks, for there are collectives inside."""
+    the compute lane, units on the fill lane, all-reduces. Equal on all ranks, for there are collectives inside."""
     graphs = device.parts.graphs
     if graphs is None or not device.parts.lanes.can_capture:
         return
@@ -54,6 +57,10 @@ def capture_ranges(device: Device, shapes: tuple[BatchShape, ...], withheld: Seq
         batch = Batch(-1, (), shape, (vector,) * (device.stage + 1), 0.0, number)
         for key, span in _ranges(vector, withheld):
             device.parts.lanes.run(key, (), device.replay(batch, key, span, 0))
+        sums = (op for op in device.bound(number, shape) if isinstance(op, Collective))
+        for operation in [op for op in sums if op.kind is Kind.ALL_REDUCE][:1]:
+            for count in ctas:
+                device.parts.lanes.run(COMM_KEY, (), device.replay_collective(operation, None, count))
     device.parts.lanes.drain()
 
 
@@ -61,8 +68,8 @@ def _ranges(vector: FunctionVector, withheld: Sequence[int]) -> Iterator[tuple[S
     size, begin = len(vector.layer), len(vector.prologue)
     for layer in range(vector.num_layers):
         yield StreamKey(Lane.COMPUTE), (begin + layer * size, begin + (layer + 1) * size)
-    keys = [(StreamKey(Lane.COMPUTE, w), vector.run_end) for w in sorted({0, *withheld})]
-    keys += [(StreamKey(Lane.FILL, w), ends) for w in withheld for ends in (vector.run_end, vector.unit_end)]
+    keys = [(StreamKey(Lane.COMPUTE, w), vector.run_end) for w in withheld]
+    keys += [(StreamKey(Lane.FILL, w), vector.unit_end) for w in withheld]
     for key, ends in keys:
         first = 0
         while first < len(vector):

@@ -9,6 +9,7 @@ from typing import Any
 
 from models.kernel import Fragment, Kernel
 from policy.batch import on_grid
+from policy.round import Lane, Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class Profile:
 
     `solo_us(kernel, withheld_sms, max_ctas)`: duration alone, microseconds. `contention(compute, comm, withheld_sms,
     max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
-    compute and for the CTAs of collectives (0: the library's default, `default_ctas`). `launch_us` is the host's price
-    of one launch with its events, `round_us` that of a round besides: deciding, telling, waking up.
+    compute and for the CTAs of collectives (0: the library's default, `default_ctas`). The host's prices:
+    `launch_us` of a launch, `collective_launch_us` of a collective's (0: the same), `event_us` of each event that it
+    records or waits for, `round_us` of a round besides: deciding, telling, waking up.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Profile:
     ctas: tuple[int, ...] = (0,)
     default_ctas: int = 0
     launch_us: float = 0.0
+    collective_launch_us: float = 0.0
+    event_us: float = 0.0
     round_us: float = 0.0
     # What policies have worked out from this profile; it goes when the profile goes.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -49,6 +53,11 @@ class Profile:
         solo, pair = self.solo_us, self.contention
         object.__setattr__(self, "solo_us", lru_cache(maxsize=None)(lambda k, w, c: on_grid(solo(k, w, c))))
         object.__setattr__(self, "contention", lru_cache(maxsize=None)(pair))
+
+    def host_us(self, launch: Launch) -> float:
+        """The host's price of a launch."""
+        price = (launch.lane is Lane.COMM and self.collective_launch_us) or self.launch_us
+        return price + self.event_us * (1 + len(launch.waits))
 
     def run_us(self, kernels: tuple[Kernel, ...], withheld_sms: int = 0, max_ctas: int = 0) -> float:
         """Kernels one after the other, alone."""

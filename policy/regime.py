@@ -29,40 +29,50 @@ class Rollout:
     total_us: float
     oldest_us: float
 
+    def cost_us(self, *, crowded: bool) -> float:
+        """What to make small: where batches queue, the time of all (capacity); else what the two wait together
+        (latency), for to share the GPUs with the next batch delays the oldest."""
+        return self.total_us if crowded else self.total_us + self.oldest_us
 
-def choose_regime(vectors: tuple[FunctionVector, ...], options: Options, profile: Profile) -> Regime:
-    """The best believed way to run these shapes together; worked out once per mix."""
-    key = (vectors, options)
+
+def choose_regime(
+    vectors: tuple[FunctionVector, ...], options: Options, profile: Profile, *, crowded: bool = True
+) -> Regime:
+    """The best believed way to run these shapes together; worked out once per mix. `crowded`: no batch more could
+    enter."""
+    key = (vectors, options, crowded)
     regime: Regime | None = profile.memo.get(key)
     if regime is None:
-        regime = profile.memo[key] = search_regime(vectors, options, profile)
+        regime = profile.memo[key] = search_regime(vectors, options, profile, crowded=crowded)
     return regime
 
 
-def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile: Profile) -> Regime:
+def search_regime(
+    vectors: tuple[FunctionVector, ...], options: Options, profile: Profile, *, crowded: bool = True
+) -> Regime:
     """The best believed way to run these shapes together: one batch at a time, or an overlapping regime.
 
     The regime's coordinates are searched one after the other, the SM partition and CTAs (which matter most) together.
     """
     if len(vectors) < 2:
         return SERIAL
+
+    def best_of(candidates: list[Regime]) -> Regime:
+        scored = [roll(vectors, regime, options, profile) for regime in candidates]
+        return candidates[_best(scored, crowded=crowded)]
+
     ctas = profile.ctas if options.comm_ctas < 0 else (options.comm_ctas,)
     best = Regime(overrun=1.0, split=options.decomposition != "off")
-    best = _best_of(
-        [replace(best, withheld_sms=p, max_ctas=c) for c in ctas for p in _partitions(c, options, profile)],
-        vectors,
-        options,
-        profile,
-    )
-    best = _best_of([replace(best, overrun=share) for share in (0.0, 0.25, 0.5, 1.0)], vectors, options, profile)
+    best = best_of([replace(best, withheld_sms=p, max_ctas=c) for c in ctas for p in _partitions(c, options, profile)])
+    best = best_of([replace(best, overrun=share) for share in (0.0, 0.25, 0.5, 1.0)])
     if best.split:
-        best = _best_of([best, replace(best, split=False)], vectors, options, profile)
+        best = best_of([best, replace(best, split=False)])
     if options.chunks:
-        best = _best_of([replace(best, chunks=chunks) for chunks in (1, 2, 4)], vectors, options, profile)
-    serial = roll(vectors, SERIAL, options, profile).total_us
-    if options.adaptive and serial <= roll(vectors, best, options, profile).total_us * WORTH_IT:
-        return SERIAL
-    return best
+        best = best_of([replace(best, chunks=chunks) for chunks in (1, 2, 4)])
+    if not options.adaptive:
+        return best
+    serial, overlapped = (roll(vectors, r, options, profile).cost_us(crowded=crowded) for r in (SERIAL, best))
+    return SERIAL if serial <= overlapped * WORTH_IT else best
 
 
 def _partitions(ctas: int, options: Options, profile: Profile) -> list[int]:
@@ -76,37 +86,36 @@ def _partitions(ctas: int, options: Options, profile: Profile) -> list[int]:
     return sorted(profile.partitions, key=lambda p: (p < needed, p if p >= needed else -p))
 
 
-def _best_of(
-    candidates: list[Regime], vectors: tuple[FunctionVector, ...], options: Options, profile: Profile
-) -> Regime:
-    scored = [roll(vectors, regime, options, profile) for regime in candidates]
-    fastest = min(rollout.total_us for rollout in scored)
-    close = [number for number, r in enumerate(scored) if r.total_us <= fastest * TIE]
+def _best(scored: list[Rollout], *, crowded: bool) -> int:
+    """The index of the best; of equal ones, the kindest to the oldest batch, and of those the first."""
+    costs = [rollout.cost_us(crowded=crowded) for rollout in scored]
+    close = [number for number, cost in enumerate(costs) if cost <= min(costs) * TIE]
     kindest = min(scored[number].oldest_us for number in close)
-    return next(candidates[number] for number in close if scored[number].oldest_us <= kindest * TIE)
+    return next(number for number in close if scored[number].oldest_us <= kindest * TIE)
 
 
 def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, profile: Profile) -> Rollout:
     """Run the first layers of these vectors in belief, under one regime.
 
-    A host that needs longer to issue the rounds than the device to run them decides how long they take.
+    A round takes as long as the device needs for it, or as long as the host needs to plan and issue the next one, if
+    that is longer: the host is only a round ahead.
     """
-    host_us = 0.0
     state = State(tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors)))
-    elapsed, oldest_us = 0.0, 0.0
+    elapsed, oldest_us, last = 0.0, 0.0, 0.0
     while state.flights:
         course = Course(state, regime, options, profile)
         if len(state.flights) > 1 and regime.overlap:
             fill_window(course)
         else:
             issue_alone(course)
-        host_us += profile.round_us + profile.launch_us * len(course.launches)
+        host_us = profile.round_us + sum(map(profile.host_us, course.launches))
         if state.flights[0].batch.batch_id == 0:
-            oldest_us = elapsed + course.flights[0].ready_us
-        elapsed += min(course.compute.end_us, course.comm.end_us)
-        last = max(course.compute.end_us, course.comm.end_us) - min(course.compute.end_us, course.comm.end_us)
+            oldest_us = elapsed + max(course.flights[0].ready_us, host_us)
+        device_us = min(course.compute.end_us, course.comm.end_us)
+        elapsed += max(device_us, host_us)
+        last = max(0.0, max(course.compute.end_us, course.comm.end_us) - max(device_us, host_us))
         state = course.state(())
-    return Rollout(max(elapsed + last, host_us), oldest_us)
+    return Rollout(elapsed + last, oldest_us)
 
 
 def _stand_in(number: int, vector: FunctionVector) -> Batch:

@@ -152,7 +152,7 @@ def _how_far(course: Course, flight: Flight, gap_us: float) -> int:
     """The kernels of the fill's segment that fit one after the other.
 
     Drivers replay units as graphs, so a segment is cut between them; within its first unit only if that does not fit
-    and its GEMM may be split.
+    and its GEMM can then be split.
     """
     vector, reach, limit, spent = flight.vector, flight.cursor, course.run_end(flight), 0.0
     whole = flight.cursor
@@ -165,8 +165,10 @@ def _how_far(course: Course, flight: Flight, gap_us: float) -> int:
         reach += 1
         if reach == limit or reach == vector.unit_end[reach - 1]:
             whole = reach
-    cuts_anywhere = not course.options.capture or (whole == flight.cursor and course.regime.split)
-    return reach if cuts_anywhere else whole
+    if not course.options.capture:
+        return reach
+    cut = whole == flight.cursor and _largest_piece(course, vector.kernels[reach], gap_us - spent) is not None
+    return reach if cut else whole
 
 
 def _fits(course: Course, kernel: Kernel, alone_us: float, gap_us: float) -> bool:
