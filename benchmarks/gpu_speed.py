@@ -84,8 +84,9 @@ def _serve(
     options = about.pop("options", Options())
     twice = [trace for trace in traces for _ in (0, 1)]
     runs = [
-        suite.run(policy, layout, model, trace, options=options, checksum=False, warm_up=number == 0, spin=True,
-                  timing=False)  # fmt: skip
+        suite.run(
+            policy, layout, model, trace, options=options, checksum=False, warm_up=number == 0, spin=True, timing=False
+        )
         for number, trace in enumerate(twice)
     ]
     outputs = suite.world(runs)[1::2]

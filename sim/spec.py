@@ -16,17 +16,19 @@ from msgspec import Meta
 
 NODES = Path(__file__).parent / "nodes"
 
-# Far above anything real: keeps infinity out.
-LARGEST = 1e12
-Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
+# Far beyond anything real: these keep out infinity, and what overflows or would take for ever.
+SMALLEST, LARGEST = 1e-3, 1e9
+Positive = Annotated[float, Meta(ge=SMALLEST, le=LARGEST)]
 NonNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
-Slowdown = Annotated[float, Meta(ge=1)]
-Share = Annotated[float, Meta(gt=0, le=1)]
-Count = Annotated[int, Meta(ge=1)]
+Slowdown = Annotated[float, Meta(ge=1, le=1e3)]
+Share = Annotated[float, Meta(ge=SMALLEST, le=1)]
+Count = Annotated[int, Meta(ge=1, le=10**6)]
+Size = Annotated[int, Meta(ge=1, le=2**50)]
 Order = Annotated[float, Meta(ge=0, le=1e3)]
 # Numbers that came later: where they stand at their default, a node is the node that it was before they came.
 LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
-         "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations")  # fmt: skip
+         "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
+         "memory_gb")  # fmt: skip
 
 
 class OperationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,7 +50,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     `kernel_gap_us`: from one kernel's end to the next one's first CTA on a stream; `graph_gap_us`: the same in a graph;
     `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
     `cta_start_us`: what a GEMM's CTA spends before and after its inner loop. `ramp_us`: how long memory stands idle
-    until a GEMM's loads flow.
+    until a GEMM's loads flow. `memory_gb`: what it holds, as its data sheet counts; 0: not known. No time depends on it.
 
     What fits may add; without it the model is the plainer one. `gemm_balance`: how evenly the GEMM library fills the
     waves, 0 (whole tiles) to 1. `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
@@ -67,7 +69,8 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     hbm_gb_s: Positive
     hbm_efficiency: Share
     sm_bandwidth_gb_s: Positive
-    gemm_tiles: tuple[tuple[Count, Count, Share], ...]
+    gemm_tiles: Annotated[tuple[tuple[Count, Count, Share], ...], Meta(min_length=1)]
+    memory_gb: NonNegative = 0.0
     cta_start_us: NonNegative = 0.0
     ramp_us: NonNegative = 0.0
     gemm_balance: Annotated[float, Meta(ge=0, le=1)] = 0.0
@@ -116,7 +119,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ranks: Count
     ctas: Count
     path: str = ""
-    bytes: tuple[Count, ...]
+    bytes: tuple[Size, ...]
     us: tuple[Positive, ...]
 
     def __post_init__(self) -> None:
@@ -150,7 +153,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     root_gb_s: NonNegative = 0.0
     pairs: tuple[tuple[int, int], ...] = ()
     hbm_per_byte: Positive = 4.0
-    partitions: tuple[Annotated[int, Meta(ge=0)], ...] = (0,)
+    partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]
@@ -197,6 +200,10 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     contention: ContentionSpec
     sources: dict[str, str]
     fit: FitSpec | None = None
+
+    def __post_init__(self) -> None:
+        if (most := max(self.link.partitions)) >= self.device.num_sms:
+            raise ValueError(f"a partition of {most} SMs leaves none of {self.device.num_sms} to compute")
 
     @property
     def estimates(self) -> tuple[str, ...]:
@@ -246,8 +253,9 @@ def load_node(name_or_path: str) -> NodeSpec:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         node = msgspec.convert(raw, NodeSpec)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError) as error:
-        raise ValueError(f"{path}: not a node file ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: not a node file ({reason})") from None
     if missing := [key for key in _numbers(raw) if not any(key == k or key.startswith(k + ".") for k in node.sources)]:
         raise ValueError(f"{path}: no source is given for {missing[0]}; add it under [sources]")
     return node
