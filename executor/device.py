@@ -242,17 +242,21 @@ class Device:
                 self.replay_collective(self.bound(batch.slot, batch.shape)[first], launch.fragment, launch.max_ctas)
             ]
         else:
-            calls = self._calls(batch, span, launch.fragment, launch.max_ctas)
+            calls = self._calls(batch, span, launch.fragment, launch.max_ctas, loose=not self._capturing)
         notes = tuple(self._notes(batch, first, last, launch.fragment)) if comm or opaque else ()
         return Ready(_one(calls), key, occupied, comm, opaque, _name(vector, first, last), notes)
 
     # -- bodies -----------------------------------------------------------------------------------------------------
 
-    def _calls(self, batch: Batch, span: tuple[int, int], part: Fragment | None, max_ctas: int) -> list[Body]:
-        """Operations one after the other."""
+    def _calls(
+        self, batch: Batch, span: tuple[int, int], part: Fragment | None, max_ctas: int, *, loose: bool = False
+    ) -> list[Body]:
+        """Operations one after the other. `loose`: they will not be captured."""
         groups = self.parts.groups
         return [
-            groups.call_of(operation, part, max_ctas) if isinstance(operation, Collective) else partial(operation, part)
+            groups.call_of(operation, part, max_ctas, loose=loose)
+            if isinstance(operation, Collective)
+            else partial(operation, part)
             for operation in self.bound(batch.slot, batch.shape)[span[0] : span[1]]
         ]
 
@@ -263,7 +267,8 @@ class Device:
         for first, last in pairwise(cuts):
             collective = batch.vectors[self.stage].kernels[first].is_communication and last - first == 1
             if collective:
-                calls += self._calls(batch, (first, last), None, max_ctas)
+                operation = self.bound(batch.slot, batch.shape)[first]
+                calls.append(self.replay_collective(operation, None, max_ctas, key))
             else:
                 calls.append(self.replay(batch, key, (first, last), max_ctas))
         return calls
@@ -291,18 +296,19 @@ class Device:
         opaque = batch.vectors[self.stage].run_end[span[0]] < span[1]
         return graphs.replay(_graph_key(batch, key, span, max_ctas), key, body, collectives=opaque)
 
-    def replay_collective(self, operation: Operation, part: Fragment | None, max_ctas: int) -> Body:
+    def replay_collective(
+        self, operation: Operation, part: Fragment | None, max_ctas: int, stream: StreamKey = COMM_KEY
+    ) -> Body:
         """A collective as a graph of its own, which costs the host less than half of its call. All layers of a batch
         sum the same buffer, so one graph is enough for all of them."""
         graphs, groups = self.parts.graphs, self.parts.groups
         assert graphs is not None
         assert isinstance(operation, Collective)
-        body = groups.call_of(operation, part, max_ctas)
-        if operation.kind is not Kind.ALL_REDUCE:
-            return body
         buffer = operation.chunk(part)
-        key = ("all_reduce", buffer.data_ptr(), buffer.numel(), max_ctas)
-        return graphs.replay(key, COMM_KEY, body, collectives=True)
+        key = ("all_reduce", buffer.data_ptr(), buffer.numel(), max_ctas, stream)
+        if operation.kind is not Kind.ALL_REDUCE or (graphs.sealed and not graphs.holds(key)):
+            return groups.call_of(operation, part, max_ctas, loose=True)
+        return graphs.replay(key, stream, groups.call_of(operation, part, max_ctas), collectives=True)
 
     def _notes(self, batch: Batch, first: int, last: int, part: Fragment | None) -> Iterator[OrderNote]:
         """What the order log is told of a range: the order in which collectives are issued is what ranks must agree

@@ -191,13 +191,13 @@ class Driver:
         return round_
 
     def _enter(self, batch: Batch, now_us: float) -> None:
-        loader = self.device.parts.loader
-        staged = loader.stage(*tokens_of(batch, self.run.model, self.run.seed))
+        loader, slot = self.device.parts.loader, self.device.parts.slots[batch.slot]
+        packed = loader.stage(slot, batch.shape, *tokens_of(batch, self.run.model, self.run.seed))
 
         def prepare(slot: Slot) -> None:
             if self.device.poison:
                 slot.poison()
-            loader.load(slot, batch.shape, *staged)
+            loader.load(slot, batch.shape, packed)
 
         if not self.device.flights:
             self.entered_idle_us.append(now_us)

@@ -50,6 +50,8 @@ class GraphCache:
             if graph is not None:
                 graph.replay()
                 return
+            if collectives:
+                torch.cuda.synchronize()  # its communicator may be in a graph that runs
             body()
             if not self.sealed and len(self._graphs) < MAX_GRAPHS and stream not in self.refused:
                 self._keep(key, stream, body, collectives=collectives)
@@ -132,6 +134,8 @@ def capture_plan(device: Device, launches: list[Launch]) -> torch.cuda.CUDAGraph
             for launch in launches:
                 device.issue(launch, 0)
             _join(origin, streams)
+            # Launches leave their own stream current, and a capture must end where it began.
+            torch.cuda.set_stream(origin)
     finally:
         lanes.capturing = False
         lanes.leave()

@@ -75,23 +75,25 @@ class World:
     """All groups made so far. Making one is collective: every rank must ask for the same layouts in the same order."""
 
     place: Place
-    _made: dict[tuple[tuple[int, ...], int], Group] = field(default_factory=dict)
+    _made: dict[tuple[tuple[int, ...], int, bool], Group] = field(default_factory=dict)
 
     def layout(self, layout: Layout, ctas: Iterable[int] = (0,)) -> Groups:
         """The groups of one layout, made where they are new."""
         rank, tp = self.place.rank, layout.tp
         by_ctas: dict[int, Group] = {}
+        loose: dict[int, Group] = {}
         for stage in range(layout.pp if tp > 1 else 0):
             members = tuple(range(stage * tp, (stage + 1) * tp))
             for count in sorted({0, *ctas}):
                 group = self._group(members, count)
+                other = self._group(members, count, loose=True) if self.place.backend == "nccl" else group
                 if rank in members:
-                    by_ctas[count] = group
+                    by_ctas[count], loose[count] = group, other
         edges = {(low, low + tp): self._group((low, low + tp), 0) for low in range(layout.num_ranks - tp)}
-        return Groups(rank, layout, by_ctas, edges.get((rank - tp, rank)), edges.get((rank, rank + tp)))
+        return Groups(rank, layout, by_ctas, loose, edges.get((rank - tp, rank)), edges.get((rank, rank + tp)))
 
-    def _group(self, members: tuple[int, ...], ctas: int) -> Group:
-        key = (members, ctas)
+    def _group(self, members: tuple[int, ...], ctas: int, *, loose: bool = False) -> Group:
+        key = (members, ctas, loose)
         if key not in self._made:
             options = None
             if self.place.backend == "nccl":
@@ -106,11 +108,16 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """One rank's groups under one layout, and the calls on them. On CUDA every call runs on the current stream."""
+    """One rank's groups under one layout, and the calls on them. On CUDA every call runs on the current stream.
+
+    `loose`: for calls that no graph holds, among graphs that hold others. NCCL without NCCL_GRAPH_MIXING_SUPPORT, which
+    costs every launch of a graph dear, forbids both on one communicator at a time.
+    """
 
     rank: int
     layout: Layout
     by_ctas: dict[int, Group]
+    loose: dict[int, Group]
     prev: Group | None
     next: Group | None
 
@@ -135,11 +142,14 @@ class Groups:
         """Run one collective, or one chunk of it."""
         self.call_of(collective, part, max_ctas)()
 
-    def call_of(self, collective: Collective, part: Fragment | None = None, max_ctas: int = 0) -> Callable[[], None]:
+    def call_of(
+        self, collective: Collective, part: Fragment | None = None, max_ctas: int = 0, *, loose: bool = False
+    ) -> Callable[[], None]:
         """The call that runs it; an all-reduce is prepared once, since its price is paid at every layer."""
+        groups = self.loose if loose else self.by_ctas
         if collective.kind is not Kind.ALL_REDUCE:
-            return lambda: self._move(collective, part)
-        buffers, group, options = [collective.chunk(part)], self.by_ctas[max_ctas], _sum_options()
+            return lambda: self._move(collective, part, groups)
+        buffers, group, options = [collective.chunk(part)], groups[max_ctas], _sum_options()
 
         def call() -> None:
             work = group.allreduce(buffers, options)
@@ -148,20 +158,25 @@ class Groups:
 
         return call
 
-    def _move(self, collective: Collective, part: Fragment | None) -> None:
+    def _move(self, collective: Collective, part: Fragment | None, groups: dict[int, Group]) -> None:
         buffer, tp = collective.chunk(part), self.layout.tp
         if collective.kind is Kind.ALL_GATHER:
             assert collective.out is not None
-            _all_gather(collective.out, buffer, group=self.by_ctas[0])
+            _all_gather(collective.out, buffer, group=groups[0])
         elif collective.kind is Kind.SEND:
             dist.send(buffer, self.rank + tp, group=self.next)
         else:
             dist.recv(buffer, self.rank - tp, group=self.prev)
 
     def warm_up(self, like: torch.Tensor) -> None:
-        """Use every group and edge once, in one order on all ranks: connections are made at the first use."""
-        for ctas in sorted(self.by_ctas):
-            dist.all_reduce(like.clone(), group=self.by_ctas[ctas])
+        """Use every group and edge, in one order on all ranks: connections are made at the first use, and a library may
+        want other ones for other sizes. Inside a capture they could not be made any more."""
+        flat = like.clone().view(-1)
+        for group in (*self.by_ctas.values(), *self.loose.values()):
+            size = flat.numel()
+            while size:
+                dist.all_reduce(flat[:size], group=group)
+                size //= 2
         small = like.view(-1)[:1].clone()
         if self.prev is not None:
             dist.recv(small, self.rank - self.layout.tp, group=self.prev)

@@ -38,16 +38,19 @@ class Loader:
             generator = torch.Generator(device).manual_seed(NOISE_SEED)
             self.noise = torch.randn(largest.rows, config.hidden_size, generator=generator, device=device, dtype=dtype)
 
-    def stage(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Host tensors that a device can fetch without making the host wait."""
-        return (ids.pin_memory(), lengths.pin_memory()) if self.device.type == "cuda" else (ids, lengths)
-
-    def load(self, slot: Slot, shape: BatchShape, ids: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Runs on the lane of the batch's first kernel."""
-        if self.device.type == "cuda":
-            ids, lengths = ids.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
-        slot.load(shape, ids, lengths)
+    def stage(self, slot: Slot, shape: BatchShape, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
+        """A batch on the host as a device can fetch it without making the host wait; nothing for noise."""
         if self.noise is not None:
+            return None
+        packed = slot.pack(shape, ids, lengths)
+        return packed.pin_memory() if self.device.type == "cuda" else packed
+
+    def load(self, slot: Slot, shape: BatchShape, packed: torch.Tensor | None) -> None:
+        """Runs on the lane of the batch's first kernel."""
+        if packed is not None:
+            slot.load(shape, packed)
+        else:
+            assert self.noise is not None
             slot.view(shape).hidden.copy_(self.noise[: shape.rows])
 
 

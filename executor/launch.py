@@ -187,10 +187,11 @@ def _start(number: int, listener: socket.socket, path: Path, program: tuple[str,
         arguments += ["--store-fd", str(listener.fileno())]
         inherited.append(listener.fileno())
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (read and closed when the rank has ended)
+    said = None if os.environ.get("WEFT_TRACEBACK") else errors
     try:
         # A session of its own: the terminal's interrupt reaches the launcher alone, which ends the ranks.
         process = subprocess.Popen(
-            [*program, *arguments], stdin=subprocess.PIPE, stdout=errors, stderr=errors, pass_fds=inherited,
+            [*program, *arguments], stdin=subprocess.PIPE, stdout=errors, stderr=said, pass_fds=inherited,
             env=_environment(), start_new_session=True,
         )  # fmt: skip
     finally:
@@ -200,10 +201,14 @@ def _start(number: int, listener: socket.socket, path: Path, program: tuple[str,
 
 
 def _environment() -> dict[str, str]:
-    """One CPU thread a rank; a cuBLAS workspace per stream, so that results repeat; this code, not an installed one."""
+    """One CPU thread a rank; a cuBLAS workspace per stream, so that results repeat; this code, not an installed one.
+
+    NCCL need not expect a communicator to be in several graphs at a time, or in a graph and outside: `Groups` keeps
+    those apart, and lanes order graphs.
+    """
     here = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
-    fixed = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    fixed = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_GRAPH_MIXING_SUPPORT": "0"}
     return {**fixed, **os.environ, "PYTHONPATH": path}
 
 

@@ -116,9 +116,9 @@ class Session:
         device = self._device(run, groups, prepared, backing)
         profile, table = self._profile(run, device, backing, shapes)
         opened = Opened(run, device, backing, profile, table, self._plans_of(run, profile), shapes)
-        device.seal(sealed=False)
         if run.warm_up:
             self.status.enter("warm up")
+            device.seal(sealed=False)
             self._rehearse(opened)
         return opened
 

@@ -5,7 +5,7 @@ Static, because captured graphs bake addresses in and because an allocation betw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -58,6 +58,7 @@ class Slot:
     layout: Layout
     largest: BatchShape
     whole: Buffers
+    _views: dict[BatchShape, Buffers] = field(default_factory=dict, repr=False)
 
     @classmethod
     def allocate(
@@ -96,6 +97,12 @@ class Slot:
 
         Raises ValueError if the shape does not fit this slot or the model's positions.
         """
+        found = self._views.get(shape)
+        if found is None:
+            found = self._views[shape] = self._cut(shape)
+        return found
+
+    def _cut(self, shape: BatchShape) -> Buffers:
         if shape.rows > self.largest.rows or shape.num_sequences > self.largest.num_sequences:
             raise ValueError(
                 f"a batch of {shape.num_sequences} sequences x {shape.padded_len} tokens does not fit a slot made for "
@@ -106,33 +113,37 @@ class Slot:
                 f"padded length is {shape.padded_len}; {self.config.model_id} has {self.config.max_positions} positions"
             )
         cut: dict[str, torch.Tensor] = {}
-        for field in fields(Buffers):
-            buffer: torch.Tensor = getattr(self.whole, field.name)
-            rows = shape.num_sequences if field.name in _PER_SEQUENCE else shape.rows
-            if field.name == "gathered":
+        for part in fields(Buffers):
+            buffer: torch.Tensor = getattr(self.whole, part.name)
+            rows = shape.num_sequences if part.name in _PER_SEQUENCE else shape.rows
+            if part.name == "gathered":
                 rows = shape.num_sequences * self.config.vocab_size
-            cut[field.name] = buffer[:rows]
+            cut[part.name] = buffer[:rows]
         return Buffers(**cut)
 
-    def load(self, shape: BatchShape, token_ids: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Copies a batch in: token ids [n, l] (anything beyond a sequence's length is padding), real lengths [n].
+    def pack(self, shape: BatchShape, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """A batch as one host tensor: token ids [n, l] (anything beyond a sequence's length is padding) from its first
+        number on, then the last real row of every sequence, from its real length [n].
 
-        Every stage loads: the first needs the ids, the last the lengths. Host tensors are checked; device tensors are
-        trusted, because looking at them would wait for the device. Raises ValueError for a batch that is not `shape`.
+        Raises ValueError for a batch that is not `shape`, or for ids and lengths out of range.
         """
-        buffers, n = self.view(shape), shape.num_sequences
+        n = shape.num_sequences
         if tuple(token_ids.shape) != (n, shape.padded_len) or tuple(lengths.shape) != (n,):
             raise ValueError(
                 f"token ids are {list(token_ids.shape)} and lengths {list(lengths.shape)}; a batch of this shape has "
                 f"{[n, shape.padded_len]} and {[n]}"
             )
-        if token_ids.device.type == "cpu" and self.config.vocab_size:
+        if self.config.vocab_size:
             _check_range("token id", token_ids, 0, self.config.vocab_size - 1)
-        if lengths.device.type == "cpu":
-            _check_range("length", lengths, 1, shape.padded_len)
-        starts = torch.arange(n, device=lengths.device) * shape.padded_len
-        buffers.token_ids.copy_(token_ids.reshape(-1), non_blocking=True)
-        buffers.last_rows.copy_(starts + lengths - 1, non_blocking=True)
+        _check_range("length", lengths, 1, shape.padded_len)
+        starts = torch.arange(n) * shape.padded_len
+        return torch.cat((token_ids.reshape(-1), starts + lengths - 1))
+
+    def load(self, shape: BatchShape, packed: torch.Tensor) -> None:
+        """Copies a packed batch in. Every stage loads: the first needs the ids, the last the rows."""
+        buffers = self.view(shape)
+        buffers.token_ids.copy_(packed[: shape.rows], non_blocking=True)
+        buffers.last_rows.copy_(packed[shape.rows :], non_blocking=True)
 
     def result(self, shape: BatchShape) -> torch.Tensor:
         """Logits of each sequence's last token, [n, vocabulary], on every rank of the last stage (after the gather)."""
@@ -143,8 +154,8 @@ class Slot:
 
     def poison(self) -> None:
         """NaN in every float buffer and 0 in the others, so that a kernel that reads what no kernel wrote shows."""
-        for field in fields(Buffers):
-            buffer: torch.Tensor = getattr(self.whole, field.name)
+        for part in fields(Buffers):
+            buffer: torch.Tensor = getattr(self.whole, part.name)
             buffer.fill_(float("nan") if buffer.is_floating_point() else 0)
 
 

@@ -46,8 +46,8 @@ def host_prices_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> t
 def capture_ranges(
     device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int], ctas: Sequence[int]
 ) -> None:
-    """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments on
-    the compute lane, units on the fill lane, all-reduces. Equal on all ranks, for there are collectives inside."""
+    """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments
+    and units on the compute lane, units on the fill lane, all-reduces. Equal on all ranks: collectives are inside."""
     graphs = device.parts.graphs
     if graphs is None or not device.parts.lanes.can_capture:
         return
@@ -68,14 +68,22 @@ def _ranges(vector: FunctionVector, withheld: Sequence[int]) -> Iterator[tuple[S
     size, begin = len(vector.layer), len(vector.prologue)
     for layer in range(vector.num_layers):
         yield StreamKey(Lane.COMPUTE), (begin + layer * size, begin + (layer + 1) * size)
-    keys = [(StreamKey(Lane.COMPUTE, w), vector.run_end) for w in withheld]
-    keys += [(StreamKey(Lane.FILL, w), vector.unit_end) for w in withheld]
-    for key, ends in keys:
-        first = 0
-        while first < len(vector):
-            if not vector.kernels[first].is_communication and ends[first] - first > 1:
-                yield key, (first, ends[first])
-            first = ends[first]
+    keys: list[tuple[StreamKey, tuple[tuple[int, ...], ...]]] = []
+    keys += [(StreamKey(Lane.COMPUTE, w), (vector.run_end, vector.unit_end)) for w in withheld]
+    keys += [(StreamKey(Lane.FILL, w), (vector.unit_end,)) for w in withheld]
+    for key, grids in keys:
+        for first in _steps(vector.unit_end):
+            # From every unit on: to the end of its run, for what is left of a run, and to its own end.
+            for last in sorted({ends[first] for ends in grids}):
+                if not vector.kernels[first].is_communication and last - first > 1:
+                    yield key, (first, last)
+
+
+def _steps(ends: Sequence[int]) -> Iterator[int]:
+    first = 0
+    while first < len(ends):
+        yield first
+        first = ends[first]
 
 
 def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: int) -> HostTime:
@@ -110,8 +118,9 @@ class Preparation:
 
     def __init__(self, device: Device, batch: Batch) -> None:
         self._loader, self._shape = device.parts.loader, batch.shape
-        self._staged = self._loader.stage(*tokens_of(batch, device.parts.weights.config, 0))
+        tokens = tokens_of(batch, device.parts.weights.config, 0)
+        self._packed = self._loader.stage(device.parts.slots[batch.slot], batch.shape, *tokens)
 
     def __call__(self, slot: Slot) -> None:
         """Load them into a slot."""
-        self._loader.load(slot, self._shape, *self._staged)
+        self._loader.load(slot, self._shape, self._packed)

@@ -9,6 +9,12 @@ from typing import Any, Literal
 
 Family = Literal["opt", "glm", "llama"]
 FAMILIES = ("opt", "glm", "llama")
+# The most that is believed of each size, several times that of the largest models known: beyond it numbers no longer
+# fit, or a run would take for ever.
+MOST = {
+    "num_layers": 1000, "hidden_size": 10**5, "num_heads": 10**4, "num_kv_heads": 10**4, "head_dim": 10**4,
+    "ffn_size": 10**6, "vocab_size": 10**7, "max_positions": 10**8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +39,13 @@ class ModelConfig:
     max_positions: int
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{self.model_id}: {name} is {value!r}; it must be a whole number, 1 or more")
-        if not isinstance(self.vocab_size, int) or self.vocab_size < 0:
-            raise ValueError(f"{self.model_id}: vocab_size is {self.vocab_size!r}; it must be 0 (no embedding) or more")
+        for name, most in MOST.items():
+            value, least = getattr(self, name), 0 if name == "vocab_size" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                wanted = "0 (no embedding) or more" if name == "vocab_size" else "1 or more"
+                raise ValueError(f"{self.model_id}: {name} is {_shown(value)}; it must be a whole number, {wanted}")
+            if value > most:
+                raise ValueError(f"{self.model_id}: {name} is {_shown(value)}; it must be at most {most}")
         if self.family not in FAMILIES:
             raise ValueError(f"{self.model_id}: family is {self.family!r}; it must be one of {', '.join(FAMILIES)}")
         if not isinstance(self.gated, bool):
@@ -54,6 +61,11 @@ class ModelConfig:
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         ffn = (3 if self.gated else 2) * self.hidden_size * self.ffn_size
         return self.num_layers * (attention + ffn) + self.vocab_size * self.hidden_size
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 #                id               family layers hidden heads kv  dim  ffn    gated  vocab   positions
@@ -96,8 +108,10 @@ def load_model(name_or_path: str) -> ModelConfig:
         raise ValueError(f"model {name_or_path!r} is neither a file nor one of: {', '.join(MODELS)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable JSON model file ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        # Python's own words on a number of thousands of digits end in advice to programmers.
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition("; use sys.")[0]
+        raise ValueError(f"{path}: not a readable JSON model file ({reason})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object that describes a model, got {type(raw).__name__}")
     known = _from_own(raw, path) if "family" in raw else _from_hugging_face(raw, path)
@@ -132,18 +146,22 @@ def _from_hugging_face(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
     heads, hidden = need("num_attention_heads"), need("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        raise ValueError(f"{path}: num_attention_heads {heads!r} and hidden_size {hidden!r} must be whole numbers")
-    if not raw.get("head_dim") and hidden % heads:
+        shown = f"num_attention_heads {_shown(heads)} and hidden_size {_shown(hidden)}"
+        raise ValueError(f"{path}: {shown} must be whole numbers")
+    # Published files write null for what follows from the rest; 0 is a mistake that the checks below name.
+    head_dim, kv_heads = raw.get("head_dim"), raw.get("num_key_value_heads")
+    if head_dim is None and hidden % heads:
         raise ValueError(f"{path}: hidden_size {hidden} cannot be divided over {heads} heads; give head_dim")
-    groups = raw.get("multi_query_group_num") if raw.get("multi_query_attention") else None
+    if kv_heads is None:
+        kv_heads = raw.get("multi_query_group_num", heads) if raw.get("multi_query_attention") else heads
     return dict(
         model_id=path.parent.name if path.name == "config.json" else path.stem,
         family=_HF_FAMILIES[kind],
         num_layers=need("num_hidden_layers", "num_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or groups or heads,
-        head_dim=raw.get("head_dim") or hidden // heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads if head_dim is None else head_dim,
         ffn_size=need("ffn_dim", "intermediate_size", "ffn_hidden_size", "inner_hidden_size"),
         gated=kind != "opt",
         vocab_size=need("vocab_size", "padded_vocab_size"),

@@ -83,6 +83,21 @@ class Layout:
 ELEMENT_BYTES = 2
 
 
+def weight_bytes(config: ModelConfig, layout: Layout) -> int:
+    """Half-precision weights of the rank that holds most, biases and norms left out; a tied head lies with the
+    embedding, so that pipelines hold the matrix on their first and on their last stage."""
+    heads, kv_heads = config.num_heads // layout.tp, max(1, config.num_kv_heads // layout.tp)
+    attention = config.hidden_size * config.head_dim * (2 * heads + 2 * kv_heads)
+    ffn = (3 if config.gated else 2) * config.hidden_size * (config.ffn_size // layout.tp)
+    embedding = config.hidden_size * config.vocab_size // layout.tp
+    per_stage = [
+        len(layout.layers_of(stage, config.num_layers)) * (attention + ffn)
+        + (embedding if stage in (0, layout.pp - 1) else 0)
+        for stage in range(layout.pp)
+    ]
+    return max(per_stage) * ELEMENT_BYTES
+
+
 def layer_kernels(config: ModelConfig, shape: BatchShape, tp: int) -> tuple[Kernel, ...]:
     """One layer on one rank: attention, all-reduce, FFN, all-reduce (no collective when tp is 1).
 

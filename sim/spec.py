@@ -50,7 +50,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     `kernel_gap_us`: from one kernel's end to the next one's first CTA on a stream; `graph_gap_us`: the same in a graph;
     `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
     `cta_start_us`: what a GEMM's CTA spends before and after its inner loop. `ramp_us`: how long memory stands idle
-    until a GEMM's loads flow. `memory_gb`: what it holds, as its data sheet counts; 0: not known. No time depends on it.
+    until a GEMM's loads flow. `memory_gb`: what its data sheet says it holds; 0: not known. No time depends on it.
 
     What fits may add; without it the model is the plainer one. `gemm_balance`: how evenly the GEMM library fills the
     waves, 0 (whole tiles) to 1. `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
@@ -254,7 +254,8 @@ def load_node(name_or_path: str) -> NodeSpec:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         node = msgspec.convert(raw, NodeSpec)
     except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        # Python's own words on a number of thousands of digits end in advice to programmers.
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition("; use sys.")[0]
         raise ValueError(f"{path}: not a node file ({reason})") from None
     if missing := [key for key in _numbers(raw) if not any(key == k or key.startswith(k + ".") for k in node.sources)]:
         raise ValueError(f"{path}: no source is given for {missing[0]}; add it under [sources]")

@@ -21,12 +21,14 @@ def constant(num: int, rate: float) -> NDArray[np.float64]:
 def gamma(num: int, rate: float, burstiness: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """`num` arrivals with gamma-distributed gaps of mean 1 / `rate` seconds and shape `burstiness`.
 
-    As in `vllm bench serve`: 1 is Poisson, below 1 burstier, above 1 more even; the gaps' CV is
-    1 / sqrt(burstiness). The draws depend on shape and seed only, so a sweep over rates stretches one pattern.
+    As in `vllm bench serve`: 1 is Poisson, below 1 burstier, above 1 more even, inf a metronome; the gaps' CV
+    is 1 / sqrt(burstiness). The draws depend on shape and seed only, so a sweep over rates stretches one pattern.
     """
     _check(num, rate)
-    if not (burstiness >= SMALLEST and math.isfinite(burstiness)):
-        raise ValueError(f"burstiness {burstiness:g} is not possible; give a gamma shape above 0 (1 is Poisson)")
+    if burstiness == math.inf:
+        return constant(num, rate)
+    if not burstiness >= SMALLEST:
+        raise ValueError(f"burstiness {burstiness:g} is not possible; give a gamma shape above 0 (1 is Poisson) or inf")
     gaps = rng.standard_gamma(burstiness, size=num - 1) / burstiness
     return np.concatenate(([0.0], np.cumsum(gaps))) * (US_PER_S / rate)
 

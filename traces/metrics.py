@@ -15,6 +15,7 @@ def metrics(timeline: Timeline, num_requests: int | None = None, slo_e2el_ms: fl
     """Flat numbers about one run. Latencies are ms, duration s, throughputs per second, the rest fractions.
 
     - `duration`: from the first arrival to the last finish, over the requests that finished.
+    - `total_*_tokens` and their throughputs: what was processed: prompts; a forward pass generates no output.
     - `failed`: of `num_requests` submitted, those that never finished (0 where the number is not given).
     - `*_e2el_ms`: from arrival to result; standard deviation of the population, linear percentiles.
     - `comm_share`: communication_us / (compute_us + communication_us - overlap_us), the share of the time in
@@ -52,7 +53,8 @@ def _counts(timeline: Timeline, num_requests: int | None, duration_s: float) -> 
     if submitted < completed:
         raise ValueError(f"{completed} requests finished but only {submitted} were submitted")
     input_tokens = sum(completion.request.num_prompt_tokens for completion in timeline.completions)
-    output_tokens = sum(completion.request.num_output_tokens for completion in timeline.completions)
+    # One forward pass answers a request, whatever its trace says of outputs: no token is generated.
+    output_tokens = 0
     return {
         "completed": completed,
         "failed": submitted - completed,

@@ -214,7 +214,9 @@ def _mooncake_rows(path: Path) -> Iterator[Row]:
         try:
             yield number, *_mooncake_row(json.loads(line))
         except (ValueError, RecursionError) as error:
-            reason = "not one JSON object" if isinstance(error, json.JSONDecodeError | RecursionError) else error
+            reason = str(error).partition("; use sys.")[0]  # Python's advice on numbers of thousands of digits
+            if isinstance(error, json.JSONDecodeError | RecursionError):
+                reason = "not one JSON object"
             raise ValueError(f"{path}:{number}: {reason}") from error
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from calibration.report import lines_of
     from sim.fitted import same_gpu
     from sim.spec import load_node
-    from weft.simulate_command import check_writable
+    from weft.outputs import check_writable
 
     if args.out.suffix != ".toml":
         raise ValueError(f"--out {args.out}: a node file must be named *.toml")

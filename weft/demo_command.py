@@ -19,9 +19,10 @@ def run(args: argparse.Namespace) -> int:
     """Explore the default: four policies from light load to saturation."""
     from weft.backends import LOCAL
     from weft.explore import Study
-    from weft.explore_command import Output, explore_and_report
+    from weft.explore_command import Output, check_folder, explore_and_report
     from weft.runs import RunConfig
 
+    check_folder(args.out)
     study = Study(RunConfig(num_prompts=NUM_PROMPTS))
     names = ", ".join(study.policies)
     print(f"exploring {study.models[0]} on {study.nodes[0]}: {names}, from light load to saturation", flush=True)

@@ -16,7 +16,7 @@ from executor.launch import WorldError, launch
 from executor.results import Output, read_output
 from executor.settings import RunSettings, Settings, decode, encode
 from models.config import ModelConfig, load_model
-from models.transformer import Layout
+from models.transformer import Layout, weight_bytes
 from policy.profile_table import profile_from
 from policy.scheduler import Admission
 from sim.believe import profile_of
@@ -29,6 +29,8 @@ from weft.runs import (
     RunConfig,
     changed_options,
     check_lengths,
+    check_options,
+    describe_requests,
     draw_requests,
     layout_of,
     make_requests,
@@ -39,6 +41,7 @@ from weft.runs import (
 # What a policy may withhold from compute and give to collectives on a GPU; which it takes, it decides by regime.
 GPU_PARTITIONS = (0, 8, 16, 24, 32)
 GPU_CTAS = (0, 8)
+HIGHEST_PORT = 65_535
 # These tell communication from computation, which a graph that holds both hides.
 SPLIT_KEYS = ("comm_share", "overlap_fraction", "compute_utilization", "link_utilization")
 
@@ -81,6 +84,8 @@ def model_of(config: RunConfig, world: World) -> ModelConfig:
 def settings_of(config: RunConfig, world: World, output: Path, *, record: bool = False) -> Settings:
     """What the ranks are told. Raises ValueError if no run can be made of it."""
     config.check()
+    if not 0 <= world.port <= HIGHEST_PORT:
+        raise ValueError(f"--port {world.port} is not possible; give 1 to {HIGHEST_PORT}, or 0 for a free one")
     if world.num_ranks < 1:
         raise ValueError(f"--ranks {world.num_ranks} is not possible; give 1 or more")
     model = model_of(config, world)
@@ -89,9 +94,13 @@ def settings_of(config: RunConfig, world: World, output: Path, *, record: bool =
         raise ValueError(
             f"the layout TP{layout.tp} x PP{layout.pp} needs {layout.num_ranks} ranks, but there are {world.num_ranks}"
         )
+    check_options(config.options, model)
     requests = make_requests(config)
     check_lengths(requests, model)
     on_gpu = world.backend == "nccl"
+    for flag, value in (("--partition", config.options.partition), ("--comm-ctas", config.options.comm_ctas)):
+        if not on_gpu and value > 0:
+            raise ValueError(f"{flag} {value} needs GPUs; with gloo there are no SMs to share, leave it out")
     dtype: Any = world.dtype or ("float16" if on_gpu else "float32")
     run = RunSettings(
         model=model, layout=layout, policy=config.policy, options=options_for(config.policy, layout, config.options),
@@ -181,15 +190,16 @@ def _describe(config: RunConfig, settings: Settings, output: Output) -> dict[str
         "policy": config.policy,
         "tensor_parallel_size": layout.tp,
         "pipeline_parallel_size": layout.pp,
-        "dataset_name": config.dataset_name,
+        **describe_requests(config),
+        "request_rate": config.request_rate,  # 0 for a trace's own: what validation reads is a number
         "num_prompts": len(run.requests),
         "num_shortened": draw_requests(config)[1],
-        "input_len": config.input_len if config.dataset_name == "random" else "",
-        "request_rate": config.request_rate,
-        "burstiness": config.burstiness,
         "policy_options": changed_options(config.options),
         "seed": config.seed,
         "config_hash": hashlib.sha256(encode(settings).replace(settings.output.encode(), b"")).hexdigest()[:16],
+        "weights_gb_per_gpu": weight_bytes(run.model, layout) / 1e9 * (2 if run.dtype == "float32" else 1),
+        "gpu_memory_gb": None,
+        "memory_notes": [],
         "estimates_used": [],
         "out_of_range": [],
     }

@@ -15,7 +15,7 @@ from models.config import load_model
 from sim.spec import load_node
 from weft.backends import LOCAL, Backend, run_all
 from weft.bound import ideal_bound
-from weft.runs import RunConfig, check_lengths, config_hash, layout_of, make_requests, simulate
+from weft.runs import RunConfig, check_lengths, check_options, config_hash, layout_of, make_requests, simulate
 from weft.store import Row, Store
 
 Floats = NDArray[np.float64]
@@ -59,8 +59,9 @@ class Study:
         for place, policy in product(self.places(), self.policies):
             run = self.runs(place, policy, [SATURATED])[0]
             run.check()
-            num_gpus = load_node(run.node).num_gpus
-            layout_of(policy, num_gpus, run.tp, run.pp).check(load_model(run.model))
+            shape, node = load_model(run.model), load_node(run.node)
+            layout_of(policy, node.num_gpus, run.tp, run.pp).check(shape)
+            check_options(run.options, shape, node)
         for rate in self.rates:
             if not 0.0 < rate < SATURATED:
                 raise ValueError(f"request rate {rate:g} is not possible here; give finite requests per second above 0")
@@ -123,7 +124,7 @@ class Region:
         """What the picture rests on, as in one run's result: estimates and extrapolations of any of its runs."""
         rows = [row for curve in self.curves for row in curve.rows]
         grounds: Row = {"node": rows[0]["node"]}
-        for key in ("estimates_used", "out_of_range", "fit_notes"):
+        for key in ("memory_notes", "estimates_used", "out_of_range", "fit_notes"):
             grounds[key] = list(dict.fromkeys(name for row in rows for name in row.get(key, [])))
         grounds["fit_date"] = rows[0].get("fit_date", "")
         return grounds

@@ -98,7 +98,7 @@ def explore_and_report(study: Study, backend: Backend, output: Output) -> int:
 
     study.check()
     backend.check()
-    _check_folder(output.folder)
+    check_folder(output.folder)
     store = Store(output.folder / "results.jsonl", fresh=output.fresh)
     known = len(store.rows)
     with bar(0, "runs") as shown, warnings.catch_warnings():
@@ -125,9 +125,9 @@ def explore_and_report(study: Study, backend: Backend, output: Output) -> int:
     return 0
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Know before the work that its results can be kept."""
-    from weft.simulate_command import check_writable
+    from weft.outputs import check_writable
 
     check_writable(folder / "results.jsonl", may_make_folder=True)
 

@@ -45,7 +45,7 @@ def add_workload_flags(parser: argparse.ArgumentParser, *, several_rates: bool =
     else:
         rate_help = "requests per second; inf: all at once (default: inf, or a trace file's own rate)"
         group.add_argument("--request-rate", type=float, metavar="RATE", help=rate_help)
-    burst_help = "gamma shape of the gaps: 1 is Poisson, below 1 burstier (default: 1)"
+    burst_help = "gamma shape of the gaps: 1 is Poisson, below 1 burstier, inf: all gaps equal (default: 1)"
     group.add_argument("--burstiness", type=float, metavar="SHAPE", help=burst_help)
     length_help = "prompt tokens: N, LOW:HIGH (uniform), or a file of lengths (default: 16:128)"
     group.add_argument("--input-len", metavar="LEN", help=length_help)
@@ -54,6 +54,12 @@ def add_workload_flags(parser: argparse.ArgumentParser, *, several_rates: bool =
     names = ("random", *DATASET_NAMES)
     group.add_argument("--dataset-name", choices=names, help="where requests come from (default: random)")
     group.add_argument("--dataset-path", metavar="FILE", help="trace file, plain or gzip")
+    start_help = "skip the first S seconds of the trace file (default: 0)"
+    group.add_argument("--start", type=float, metavar="S", help=start_help)
+    duration_help = "keep S seconds of the trace file from there (default: all)"
+    group.add_argument("--duration", type=float, metavar="S", help=duration_help)
+    scale_help = "multiply the CV of the trace file's gaps by X, at the same mean rate (default: 1)"
+    group.add_argument("--burstiness-scale", type=float, metavar="X", help=scale_help)
     group.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: 0)")
 
 
@@ -100,6 +106,9 @@ def config_of(args: argparse.Namespace, **fields: Any) -> RunConfig:
         burstiness=1.0 if args.burstiness is None else args.burstiness,
         input_len="16:128" if args.input_len is None else args.input_len,
         max_input_len=args.max_input_len,
+        start_s=0.0 if args.start is None else args.start,
+        duration_s=math.inf if args.duration is None else args.duration,
+        burstiness_scale=1.0 if args.burstiness_scale is None else args.burstiness_scale,
         seed=args.seed,
         options=options_of(args),
         **fields,
@@ -117,6 +126,13 @@ def _dataset_name(args: argparse.Namespace) -> Any:
         if name != "random" and value is not None:
             source = args.dataset_path or name
             raise ValueError(f"{flag} shapes random requests, but {source} is a trace that has its own; leave it out")
+    for flag, value in (
+        ("--start", args.start),
+        ("--duration", args.duration),
+        ("--burstiness-scale", args.burstiness_scale),
+    ):
+        if name == "random" and value is not None:
+            raise ValueError(f"{flag} cuts or bends a trace file, but requests are random; give --dataset-path")
     return name
 
 

@@ -18,7 +18,7 @@ from traces.metrics import metrics
 from weft.backends import LOCAL, run_all
 from weft.explore import SATURATED, Region, Study, explore
 from weft.region_plot import RC, draw_region
-from weft.runs import Run, RunConfig, check_lengths, layout_of, make_requests, make_scheduler, simulate
+from weft.runs import Run, RunConfig, check_lengths, check_options, layout_of, make_requests, make_scheduler, simulate
 from weft.store import Row, Store
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def run_case(case: Case) -> Row:
     model, node = load_model(config.model), load_node(config.node)
     layout = layout_of(config.policy, node.num_gpus, config.tp, config.pp)
     layout.check(model)
+    check_options(config.options, model, node)
     requests = make_requests(config)
     check_lengths(requests, model)
     scheduler = make_scheduler(config, model, layout, profile_of(node, case.belief))

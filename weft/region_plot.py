@@ -12,6 +12,7 @@ import numpy as np
 
 from traces.files import write_whole
 from weft.explore import Curve, Region, envelope
+from weft.runs import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -263,17 +264,26 @@ def _words(figure: Figure, region: Region, slo_ms: float | None) -> None:
     figure.text(0.012, 0.016, "\n".join(notes), va="bottom", fontsize=6.3, color="#666666", linespacing=1.35)
 
 
+def _cut(place: RunConfig) -> str:
+    """The part of a trace file that was taken, and how it was bent."""
+    words = [f" from {place.start_s:g} s"] if place.start_s else []
+    words += [f" for {place.duration_s:g} s"] if place.duration_s < float("inf") else []
+    words += [f", CV x {place.burstiness_scale:g}"] if place.burstiness_scale != 1.0 else []
+    return "".join(words)
+
+
 def conditions(region: Region) -> str:
     """What every run of the picture had in common."""
     place = region.place
     row = region.curves[0].rows[0]
     if place.dataset_name == "random":
-        process = "Poisson" if place.burstiness == 1.0 else f"gamma (shape {place.burstiness:g})"
+        named = {1.0: "Poisson", float("inf"): "constant"}
+        process = named.get(place.burstiness, f"gamma (shape {place.burstiness:g})")
         requests = (
             f"{row['num_prompts']:,} requests a run, {process} arrivals, {place.input_len} tokens, seed {place.seed}"
         )
     else:
-        requests = f"{row['num_prompts']:,} requests of {Path(place.dataset_path).name}, rate scaled"
+        requests = f"{row['num_prompts']:,} requests of {Path(place.dataset_path).name}{_cut(place)}, rate scaled"
     if row["num_shortened"]:
         requests += f", {row['num_shortened']:,} of them shortened to {place.max_input_len} tokens"
     # The batch size is said anyway, and the deadline is a line in the picture.

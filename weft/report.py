@@ -24,7 +24,7 @@ def console_block(result: dict[str, Any]) -> str:
         _row("Policy:", _policy(result)),
         _row("Successful requests:", result["completed"]),
         _row("Failed requests:", result["failed"]),
-        _row("Request rate configured (RPS):", _number(result["request_rate"])),
+        _row("Request rate configured (RPS):", rate_text(result["request_rate"])),
         _row("Benchmark duration (s):", result["duration"]),
         _row("Total input tokens:", result["total_input_tokens"]),
         *([_row("Prompts shortened:", result["num_shortened"])] if result["num_shortened"] else []),
@@ -51,6 +51,7 @@ def console_block(result: dict[str, Any]) -> str:
         ("Link utilization (%):", "link_utilization"),
     ):
         lines.append(_row(label, 100.0 * result[key]))
+    lines.append(_row("Weights / memory of a GPU (GB):", _memory(result)))
     lines.append(_title("Simulation", "-"))
     lines.append(_row("Batches / kernels:", f"{result['sim_iterations']:,} / {result['sim_kernels']:,}"))
     lines.append(_row("Wall time (s):", result["sim_wall_s"]))
@@ -58,9 +59,9 @@ def console_block(result: dict[str, Any]) -> str:
 
 
 def caveats(result: dict[str, Any]) -> list[str]:
-    """What the numbers rest on: estimates that nobody measured, fits that do not hold any more, and kernels beyond what
-    the node's tables and its fit know."""
-    lines = [f"caution: {note}" for note in result.get("fit_notes", [])]
+    """What the numbers rest on: weights that would not fit, estimates that nobody measured, fits that do not hold any
+    more, and kernels beyond what the node's tables and its fit know."""
+    lines = [f"caution: {note}" for key in ("memory_notes", "fit_notes") for note in result.get(key, [])]
     measured = result.get("fit_date", "")
     if measured and (age := age_days(measured, date.today())) is not None and age > STALE_DAYS:
         lines.append(f"caution: the measurements of node {result['node']} are stale, {age} days old ({measured})")
@@ -88,6 +89,16 @@ def encode(result: dict[str, Any]) -> bytes:
 
 def _finite(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def rate_text(rate: float | None) -> str:
+    """The rate that was asked for, in requests per second; None is a trace at its own."""
+    return "as in the trace" if rate is None else f"{rate:.2f}"
+
+
+def _memory(result: dict[str, Any]) -> str:
+    memory = result["gpu_memory_gb"]
+    return f"{result['weights_gb_per_gpu']:.1f} / {'not known' if memory is None else format(memory, 'g')}"
 
 
 def _policy(result: dict[str, Any]) -> str:

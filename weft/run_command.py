@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from traces.files import write_whole
 from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
-from weft.simulate_command import (
-    POLICY_HELP,
-    add_result_flags,
-    check_writable,
-    detailed,
-    further_percentiles,
-    parse_metadata,
-    parse_percentiles,
-    save,
-)
+from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save
+from weft.simulate_command import POLICY_HELP, add_result_flags, detailed, further_percentiles, parse_percentiles
 
 if TYPE_CHECKING:
     from weft.executed import World
@@ -74,12 +66,9 @@ def run(args: argparse.Namespace) -> int:
     world = _world(args)
     model = args.model or (str(args.checkpoint) if args.checkpoint else DEFAULT_MODELS[world.backend])
     config = config_of(args, model=model, policy=args.policy)
-    percentiles, extra = parse_percentiles(args.metric_percentiles), parse_metadata(args.metadata)
-    if args.label is not None:
-        extra["label"] = args.label
+    percentiles, extra = parse_percentiles(args.metric_percentiles), parse_metadata(args.metadata, args.label)
     result_file = _result_file(args, config, world)
-    for file in filter(None, (result_file, args.timeline, args.write_settings)):
-        check_writable(file, may_make_folder=file is result_file and args.result_dir is not None)
+    check_outputs(result_file, args.timeline, args.write_settings, may_make_folder=args.result_dir is not None)
     if args.write_settings is not None:
         return _write_settings(args, config, world)
     finished, more = _finish(args, config, world)
@@ -131,13 +120,14 @@ def _write_settings(args: argparse.Namespace, config: RunConfig, world: World) -
 
 
 def _result_file(args: argparse.Namespace, config: RunConfig, world: World) -> Path | None:
-    if not (args.save_result or args.append_result or args.save_detailed or args.result_filename):
+    name = given_name(args.result_filename)
+    if not (args.save_result or args.append_result or args.save_detailed or name):
         return None
-    if args.result_filename:
-        return Path(args.result_dir or "") / str(args.result_filename)
+    if name:
+        return Path(args.result_dir or "") / name
     parts = (
         world.backend,
-        f"{config.request_rate:g}qps",
+        rate_name(config.request_rate),
         Path(config.model).stem,
         f"{world.num_ranks}ranks",
         config.policy,
@@ -157,7 +147,7 @@ def _save(
         saved += write_chrome_trace(finished.timeline, args.timeline)
     if result_file is not None:
         details = detailed(finished.timeline) | more if args.save_detailed else {}
-        save(result_file, encode(extra | details | finished.result), append=args.append_result)
+        save(result_file, encode(dated(extra | details | finished.result)), append=args.append_result)
         saved.append(result_file)
     for path in saved:
         print(f"wrote {path}")
@@ -165,6 +155,8 @@ def _save(
 
 def console_block(result: dict[str, Any]) -> str:
     """The numbers of a real run, laid out as those of a simulated one."""
+    from weft.report import rate_text
+
     options = f" {result['policy_options']}" if result["policy_options"] else ""
     layout = f"TP{result['tensor_parallel_size']} x PP{result['pipeline_parallel_size']}"
     rows: list[tuple[str, Any]] = [
@@ -173,7 +165,7 @@ def console_block(result: dict[str, Any]) -> str:
         ("Policy:", f"{result['policy']} ({layout}){options}"),
         ("Successful requests:", result["completed"]),
         ("Failed requests:", result["failed"]),
-        ("Request rate configured (RPS):", float(result["request_rate"])),
+        ("Request rate configured (RPS):", rate_text(result["request_rate"] or None)),
         ("Benchmark duration (s):", result["duration"]),
         ("Request throughput (req/s):", result["request_throughput"]),
         ("Total Token throughput (tok/s):", result["total_token_throughput"]),

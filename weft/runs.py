@@ -13,7 +13,7 @@ import msgspec
 
 from models.config import ModelConfig, load_model
 from models.kernel import Kind
-from models.transformer import BatchShape, Layout, function_vector
+from models.transformer import BatchShape, Layout, function_vector, weight_bytes
 from policy.options import OPTION_NAMES, Options
 from policy.profile import Profile
 from policy.scheduler import POLICIES, Scheduler
@@ -29,7 +29,7 @@ from traces.request import Request
 from traces.synthetic import SyntheticSpec, synthetic_trace
 from traces.timeline import Span, Timeline
 from traces.trace import Trace
-from traces.transform import clip_lengths, limit, scale_rate
+from traces.transform import clip_lengths, limit, scale_burstiness, scale_rate, window
 
 DatasetName = Literal["random", "auto", "azure", "mooncake", "burstgpt", "csv"]
 
@@ -37,8 +37,9 @@ DatasetName = Literal["random", "auto", "azure", "mooncake", "burstgpt", "csv"]
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What is simulated. `tp` and `pp` 0: the policy's own layout. `request_rate` in requests per second, inf: at once.
 
-    `dataset_name` random: `num_prompts` arrivals at `request_rate` with lengths `input_len`. Otherwise a trace file, of
-    which the first `num_prompts` requests are taken (0: all) and whose rate is scaled to `request_rate` (0: kept).
+    `dataset_name` random: `num_prompts` arrivals at `request_rate` with lengths `input_len`. Otherwise a trace file:
+    of its requests in `duration_s` seconds from `start_s` the first `num_prompts` are taken (0: all); the CV of their
+    gaps is multiplied by `burstiness_scale` and their rate scaled to `request_rate` (0: kept).
     Prompts longer than `max_input_len` tokens are shortened to it (0: never).
     """
 
@@ -54,6 +55,9 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     burstiness: float = 1.0
     input_len: str = "16:128"
     max_input_len: int = 0
+    start_s: float = 0.0
+    duration_s: float = float("inf")
+    burstiness_scale: float = 1.0
     seed: int = 0
     options: Options = Options()
 
@@ -120,8 +124,11 @@ def draw_requests(config: RunConfig) -> tuple[tuple[Request, ...], int]:
         trace = synthetic_trace(spec, config.seed)
     else:
         trace = read_trace(config.dataset_path, config.dataset_name)
+        if (config.start_s, config.duration_s) != (0.0, float("inf")):
+            trace = window(trace, config.start_s, config.duration_s)
         if config.num_prompts:
             trace = limit(trace, config.num_prompts)
+        trace = scale_burstiness(trace, config.burstiness_scale)
     rate, own_rate = config.request_rate, _rate_of(trace)
     if rate == float("inf"):
         trace = trace.with_arrivals(0.0 * trace.arrivals_us())
@@ -164,6 +171,7 @@ def simulate(
     model, node = load_model(config.model), load_node(config.node)
     layout = layout_of(config.policy, node.num_gpus, config.tp, config.pp)
     layout.check(model)
+    check_options(config.options, model, node)
     requests, num_shortened = draw_requests(config)
     check_lengths(requests, model)
     scheduler = make_scheduler(config, model, layout, profile_of(node))
@@ -201,6 +209,21 @@ def check_lengths(requests: tuple[Request, ...], model: ModelConfig) -> None:
         )
 
 
+def check_options(options: Options, model: ModelConfig, node: NodeSpec | None = None) -> None:
+    """Raises ValueError if an option goes beyond the model, or the GPUs of the node if there is one."""
+    if options.pad_to > model.max_positions:
+        why = f"prompts cannot be padded beyond the {model.max_positions} positions of {model.model_id}"
+        raise ValueError(f"policy option pad_to is {options.pad_to}; {why}; give at most {model.max_positions}")
+    if node is None:
+        return
+    sms = node.device.num_sms
+    for name, flag, most in (("partition", "--partition", sms - 1), ("comm_ctas", "--comm-ctas", sms)):
+        if (value := getattr(options, name)) > most:
+            raise ValueError(
+                f"policy option {name} ({flag}) is {value}, but a GPU of {node.name} has {sms} SMs; give at most {most}"
+            )
+
+
 def _describe(config: RunConfig, model: ModelConfig, node: NodeSpec, layout: Layout) -> dict[str, Any]:
     return {
         "backend": "simulated",
@@ -210,17 +233,42 @@ def _describe(config: RunConfig, model: ModelConfig, node: NodeSpec, layout: Lay
         "policy": config.policy,
         "tensor_parallel_size": layout.tp,
         "pipeline_parallel_size": layout.pp,
-        "dataset_name": config.dataset_name,
-        "num_prompts": config.num_prompts,
-        "input_len": config.input_len if config.dataset_name == "random" else "",
-        "request_rate": config.request_rate,
-        "burstiness": config.burstiness,
+        **describe_requests(config),
         "policy_options": changed_options(config.options),
         "seed": config.seed,
         "config_hash": config_hash(config),
+        "weights_gb_per_gpu": weight_bytes(model, layout) / 1e9,
+        "gpu_memory_gb": node.device.memory_gb or None,
+        "memory_notes": memory_notes(model, node, layout),
         "estimates_used": estimates_used(node, model, layout),
         **({"fit_date": node.fit.date, "fit_notes": list(fit_notes(node))} if node.fit else {}),
     }
+
+
+def describe_requests(config: RunConfig) -> dict[str, Any]:
+    """Where the requests came from. What a trace file has of its own is null; its cuts are there for files only."""
+    if config.dataset_name == "random":
+        own = {"input_len": config.input_len, "request_rate": config.request_rate, "burstiness": config.burstiness}
+        return {"dataset_name": "random", "num_prompts": config.num_prompts, **own}
+    return {
+        "dataset_name": config.dataset_name,
+        "num_prompts": config.num_prompts,
+        "input_len": "",
+        "request_rate": config.request_rate or None,
+        "burstiness": None,
+        "trace_start_s": config.start_s,
+        "trace_duration_s": config.duration_s,
+        "burstiness_scale": config.burstiness_scale,
+    }
+
+
+def memory_notes(model: ModelConfig, node: NodeSpec, layout: Layout) -> list[str]:
+    """What must be said where the weights do not fit a GPU. Not an error: published runs are compared on such nodes."""
+    weights_gb, memory_gb = weight_bytes(model, layout) / 1e9, node.device.memory_gb
+    if not memory_gb or weights_gb <= memory_gb:
+        return []
+    gpu = f"the {memory_gb:g} GB of {node.device.name}"
+    return [f"weights of {weights_gb:.0f} GB a GPU ({model.model_id}) do not fit {gpu}; times are as if they did"]
 
 
 def estimates_used(node: NodeSpec, model: ModelConfig, layout: Layout) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traces.files import write_whole
 from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
+from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save
 
 if TYPE_CHECKING:
     from traces.timeline import Timeline
@@ -57,16 +56,10 @@ def run(args: argparse.Namespace) -> int:
     """Simulate, print the block of numbers, and save what was asked for."""
     config = config_of(args, model=args.model, node=args.node, policy=args.policy)
     percentiles = parse_percentiles(args.metric_percentiles)
-    extra = parse_metadata(args.metadata)
-    if args.label is not None:
-        extra["label"] = args.label
+    extra = parse_metadata(args.metadata, args.label)
     config.check()
-    if args.timeline is not None and not args.timeline.name.endswith((".json", ".json.gz")):
-        raise ValueError(f"--timeline {args.timeline}: the file must be named *.json or *.json.gz")
     result_file = _result_file(args, config)
-    # A run may take minutes; what cannot be saved should be known before.
-    for file in filter(None, (result_file, args.timeline)):
-        check_writable(file, may_make_folder=file is result_file and args.result_dir is not None)
+    check_outputs(result_file, args.timeline, may_make_folder=args.result_dir is not None)
 
     from weft.report import console_block, encode
 
@@ -81,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         saved += write_chrome_trace(run_.timeline, args.timeline)
     if result_file is not None:
         details = detailed(run_.timeline) if args.save_detailed else {}
-        result["sim_wall_s"] = result.pop("sim_wall_s")  # the one field that differs between equal runs comes last
-        save(result_file, encode(extra | details | result), append=args.append_result)
+        result["sim_wall_s"] = result.pop("sim_wall_s")  # what differs between equal runs comes last
+        save(result_file, encode(dated(extra | details | result)), append=args.append_result)
         saved.append(result_file)
     for path in saved:
         print(f"wrote {path}")
@@ -121,23 +114,13 @@ def further_percentiles(timeline: Timeline, percentiles: list[float]) -> dict[st
     return {f"p{p:g}_e2el_ms": value for p, value in zip(percentiles, values, strict=True)}
 
 
-def parse_metadata(items: list[str]) -> dict[str, str]:
-    """KEY=VALUE pairs."""
-    pairs = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--metadata {item!r} is not KEY=VALUE")
-        pairs[key] = value
-    return pairs
-
-
 def detailed(timeline: Timeline) -> dict[str, list[float]]:
-    """Every request in the order it came: lengths in tokens, times in seconds, and the batch that it rode in."""
+    """Every request in the order it came: lengths in tokens, times in seconds, and the batch that it rode in. A forward
+    pass generates no tokens, whatever the request's trace says."""
     done = sorted(timeline.completions, key=lambda completion: completion.request.request_id)
     return {
         "input_lens": [completion.request.num_prompt_tokens for completion in done],
-        "output_lens": [completion.request.num_output_tokens for completion in done],
+        "output_lens": [0 for _ in done],
         "start_times": [completion.request.arrival_us / 1e6 for completion in done],
         "latencies": [completion.latency_us / 1e6 for completion in done],
         # Admission is on the simulator's grid of time, which may lie a nanosecond before the arrival.
@@ -148,36 +131,12 @@ def detailed(timeline: Timeline) -> dict[str, list[float]]:
 
 def _result_file(args: argparse.Namespace, config: RunConfig) -> Path | None:
     """Where the result goes; saving is implied by naming the file, as there is nothing else the name could be for."""
-    if not (args.save_result or args.append_result or args.save_detailed or args.result_filename):
+    name = given_name(args.result_filename)
+    if not (args.save_result or args.append_result or args.save_detailed or name):
         return None
-    if args.result_filename:
-        name = str(args.result_filename)
-    else:
+    if not name:
         from weft.runs import config_hash
 
-        parts = (f"{config.request_rate:g}qps", Path(config.model).stem, Path(config.node).stem, config.policy)
+        parts = (rate_name(config.request_rate), Path(config.model).stem, Path(config.node).stem, config.policy)
         name = "-".join(("simulated", *parts, config_hash(config))) + ".json"
     return Path(args.result_dir or "") / name
-
-
-def check_writable(path: Path, *, may_make_folder: bool = False) -> None:
-    """Raises ValueError if a file of this name cannot be written."""
-    folder = path.parent
-    if may_make_folder:
-        while not folder.exists():
-            folder = folder.parent
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
-    if not folder.is_dir():
-        raise ValueError(f"{path}: {folder} is not a folder; make it first")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path}: the folder {folder} cannot be written to")
-
-
-def save(path: Path, line: bytes, *, append: bool) -> None:
-    """Write the result, whole or not at all; `append` keeps the lines that are there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if append and path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    write_whole(path, before + line + b"\n")

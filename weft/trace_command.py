@@ -17,6 +17,7 @@ from traces.reader import DATASET_NAMES, read_trace
 from traces.summary import LengthSummary, TraceSummary, summarize
 from traces.trace import Trace
 from traces.transform import scale_rate, window
+from weft.outputs import check_writable
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = " .:-=+*#@"
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Read the trace, print the table and the plot, and draw the picture where asked for."""
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise ValueError(f"--plot {args.plot}: the picture is a PNG file; give a name that ends in .png")
+    if args.plot is not None:
+        check_writable(args.plot)
     trace = load(args)
     text = "\n".join([*table(trace), "", *plots(trace, _can_draw_blocks())])
     encoding = sys.stdout.encoding or "ascii"

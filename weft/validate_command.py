@@ -189,9 +189,10 @@ def _backend(args: argparse.Namespace) -> Any:
 def _execute(args: argparse.Namespace, config: Any, path: Path, *, record: bool = False) -> list[Span]:
     """One real run, its result added to the file; returns its spans."""
     from weft.executed import World, count_gpus, execute
+    from weft.outputs import save
     from weft.report import encode
     from weft.run_command import GLOO_RANKS
-    from weft.simulate_command import detailed, save
+    from weft.simulate_command import detailed
 
     backend = _backend(args)
     ranks = args.ranks if args.ranks is not None else (count_gpus() or 1) if backend == "nccl" else GLOO_RANKS

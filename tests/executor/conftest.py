@@ -52,7 +52,8 @@ class Ranks:
             kernels = function_vector(self.config, batch.shape, self.layout, stage).kernels
             ranks = range(stage * self.layout.tp, (stage + 1) * self.layout.tp)
             for rank in ranks:
-                self.slots[rank].load(batch.shape, batch.ids, batch.lengths)
+                slot = self.slots[rank]
+                slot.load(batch.shape, slot.pack(batch.shape, batch.ids, batch.lengths))
             bound = [
                 bind(self.config, self.layout, stage, self.weights[rank], self.slots[rank], batch.shape)
                 for rank in ranks

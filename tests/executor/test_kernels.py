@@ -227,13 +227,13 @@ def test_a_batch_that_is_not_the_shape_is_refused() -> None:
     config, shape = MODELS["tiny-opt"], BatchShape(2, 4)
     slot = Slot.allocate(config, Layout(), 0, shape, "cpu", torch.float32)
     ids, lengths = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([4, 1])
-    slot.load(shape, ids, lengths)
+    slot.load(shape, slot.pack(shape, ids, lengths))
     assert slot.view(shape).last_rows.tolist() == [3, 4]
     with pytest.raises(ValueError, match=r"token ids are \[2, 3\]"):
-        slot.load(shape, ids[:, :3], lengths)
+        slot.pack(shape, ids[:, :3], lengths)
     with pytest.raises(ValueError, match="token id 512 is out of range; it must be 0 to 511"):
-        slot.load(shape, ids + 512, lengths)
+        slot.pack(shape, ids + 512, lengths)
     with pytest.raises(ValueError, match="length 5 is out of range; it must be 1 to 4"):
-        slot.load(shape, ids, lengths + 1)
+        slot.pack(shape, ids, lengths + 1)
     with pytest.raises(ValueError, match="padded length is 300; tiny-opt has 256 positions"):
         Slot.allocate(config, Layout(), 0, BatchShape(1, 300), "cpu", torch.float32).view(BatchShape(1, 300))

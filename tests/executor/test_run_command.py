@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from executor.order import RoundsHash
+from models.config import MODELS
 from weft.cli import main
 from weft.executed import replay_result
+from weft.outputs import is_result_key
 
 SHORT = ["--backend", "gloo", "--num-prompts", "12", "--disable-tqdm"]
 
@@ -35,6 +37,11 @@ def test_the_result_has_the_keys_of_a_simulated_one(saved: Path, tmp_path: Path)
     assert main(["simulate", *arguments]) == 0
     only_simulated = {key for key in _result(simulated) if key not in _result(saved)}
     assert {key for key in only_simulated if not key.startswith("sim_")} <= {"node_digest"}
+
+
+def test_every_key_of_a_result_is_kept_from_metadata(saved: Path) -> None:
+    assert [key for key in _result(saved) if not is_result_key(key)] == ["label"]
+    assert _result(saved)["weights_gb_per_gpu"] == 4 * MODELS["tiny-opt"].num_parameters / 2 / 1e9  # float32, TP2
 
 
 def test_the_result_says_what_ran(saved: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from models.config import MODELS, ModelConfig
 from models.kernel import Kernel, Kind, gemm
-from models.transformer import BatchShape, Layout, function_vector, layer_kernels
+from models.transformer import BatchShape, Layout, function_vector, layer_kernels, weight_bytes
 
 SHAPES = [BatchShape(1, 128), BatchShape(3, 17), BatchShape(5, 1, "decode", 200), BatchShape(2, 8, "prefill", 64)]
 
@@ -144,3 +144,22 @@ def test_layouts_that_the_shape_alone_forbids() -> None:
 def test_degrees_are_positive(degrees: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="is not possible; 1 or more each"):
         Layout(*degrees)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_weights_of_the_fullest_rank(name: str) -> None:
+    config, half = MODELS[name], 2
+    assert weight_bytes(config, Layout()) == half * config.num_parameters
+    assert weight_bytes(config, Layout(4)) == half * config.num_parameters // 4  # every model has 4 key-value heads
+    embedding = config.vocab_size * config.hidden_size
+    per_layer = (config.num_parameters - embedding) // config.num_layers
+    stages = [len(Layout(1, 3).layers_of(stage, config.num_layers)) * per_layer for stage in range(3)]
+    fullest = max(stages[0] + embedding, stages[1], stages[2] + embedding)
+    assert weight_bytes(config, Layout(1, 3)) == half * fullest
+
+
+def test_key_value_heads_fewer_than_ranks_are_held_by_several() -> None:
+    config = MODELS["tiny-llama"]
+    alone, shared = weight_bytes(config, Layout(4)), weight_bytes(config, Layout(8))
+    own_kv_head = config.num_layers * 2 * config.hidden_size * config.head_dim * 2
+    assert 2 * shared - alone == own_kv_head

@@ -74,6 +74,11 @@ def test_head_dim_is_taken_when_given(tmp_path: Path) -> None:
     assert load_model(write(tmp_path, LLAMA_3_8B | {"head_dim": 64})).head_dim == 64
 
 
+def test_null_stands_for_what_follows_from_the_rest(tmp_path: Path) -> None:
+    config = load_model(write(tmp_path, LLAMA_2_7B | {"head_dim": None, "num_key_value_heads": None}))
+    assert (config.head_dim, config.num_kv_heads) == (128, 32)
+
+
 def test_own_file(tmp_path: Path) -> None:
     assert load_model(write(tmp_path, OWN, "mine.json")) == replace(MODELS["tiny-llama"], model_id="mine")
     assert load_model(write(tmp_path, OWN | {"model_id": "named"}, "mine.json")).model_id == "named"
@@ -92,7 +97,15 @@ BROKEN: list[tuple[Any, str]] = [
     (LLAMA_2_7B | {"num_attention_heads": 24}, "hidden_size 4096 cannot be divided over 24 heads; give head_dim"),
     (LLAMA_2_7B | {"num_hidden_layers": None}, "num_layers is None; it must be a whole number, 1 or more"),
     (LLAMA_2_7B | {"num_key_value_heads": 5}, "32 heads cannot share 5 key-value heads evenly"),
-    (LLAMA_2_7B | {"vocab_size": -1}, "vocab_size is -1; it must be 0 (no embedding) or more"),
+    (LLAMA_2_7B | {"vocab_size": -1}, "vocab_size is -1; it must be a whole number, 0 (no embedding) or more"),
+    (LLAMA_2_7B | {"vocab_size": True}, "vocab_size is True; it must be a whole number, 0 (no embedding) or more"),
+    (LLAMA_2_7B | {"num_key_value_heads": 0}, "num_kv_heads is 0; it must be a whole number, 1 or more"),
+    (LLAMA_2_7B | {"head_dim": 0}, "head_dim is 0; it must be a whole number, 1 or more"),
+    (LLAMA_2_7B | {"num_hidden_layers": 10**9}, "num_layers is 1000000000; it must be at most 1000"),
+    (OWN | {"ffn_size": 10**18}, "ffn_size is 1000000000000000000; it must be at most 1000000"),
+    (OWN | {"max_positions": 10**100}, "max_positions is 1" + 59 * "0" + "...; it must be at most 100000000"),
+    ('{"hidden_size": ' + 5000 * "9" + "}", "not a readable JSON model file (Exceeds the limit"),
+    (100_000 * "[", "not a readable JSON model file (nested too deeply)"),
     (OPT_30B | {"word_embed_proj_dim": 512}, "word_embed_proj_dim differs from hidden_size, which is not supported"),
     (OWN | {"layers": 3}, "unknown field 'layers'; known: family"),
     ({k: v for k, v in OWN.items() if k != "gated"}, "field 'gated' is missing"),

@@ -172,7 +172,8 @@ def test_a_batch_without_slack_is_not_delayed_beyond_what_was_priced(data: st.Da
     """
     calm = ideal_node()
     shapes = data.draw(st.lists(vectors, min_size=2, max_size=3))
-    # Between two collectives in a row a fill's next wave takes the SMs, and waves are never preempted; no model has that.
+    # Between two collectives in a row a fill's next wave takes the SMs, and waves are never preempted; no model has
+    # that.
     kernels = shapes[0].kernels
     assume(not any(a.is_communication and b.is_communication for a, b in pairwise(kernels)))
     options = Options(batch_size=1, pad_to=1, depth=3, slo_us=0.0, adaptive=False, partition=0)

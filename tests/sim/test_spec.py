@@ -79,6 +79,12 @@ def test_a_node_from_a_file_of_ones_own(tmp_path: Path) -> None:
     assert node.digest != load_node("a100-pcie-x4").digest  # the same name, another machine
 
 
+def test_a_node_may_leave_its_memory_open(tmp_path: Path) -> None:
+    assert [load_node(name).device.memory_gb for name in SHIPPED] == [80.0, 80.0, 141.0, 141.0, 16.0]
+    silent = load_node(write(tmp_path, GOOD.replace("memory_gb = 80.0\n", "", 1)))
+    assert silent.device.memory_gb == 0.0
+
+
 # What is replaced in a good file, by what, and what the one line says.
 BROKEN = [
     ("[host]", "[hosts]", "Object contains unknown field `hosts`"),
@@ -87,12 +93,18 @@ BROKEN = [
     ("num_sms = 108", "num_sms = 'many'", "Expected `int`, got `str` - at `$.device.num_sms`"),
     ("num_sms = 108\n", "", "missing required field `num_sms` - at `$.device`"),
     ("num_sms = 108", "num_sms = 108\nnum_cores = 1", "unknown field `num_cores` - at `$.device`"),
-    ("peak_tflops = 312.0", "peak_tflops = -1.0", "Expected `float` > 0.0 - at `$.device.peak_tflops`"),
-    ("peak_tflops = 312.0", "peak_tflops = inf", "Expected `float` <= 1000000000000.0 - at `$.device.peak_tflops`"),
-    ("peak_tflops = 312.0", "peak_tflops = nan", "Expected `float` > 0.0 - at `$.device.peak_tflops`"),
+    ("peak_tflops = 312.0", "peak_tflops = -1.0", "Expected `float` >= 0.001 - at `$.device.peak_tflops`"),
+    ("peak_tflops = 312.0", "peak_tflops = inf", "Expected `float` <= 1000000000.0 - at `$.device.peak_tflops`"),
+    ("peak_tflops = 312.0", "peak_tflops = nan", "Expected `float` >= 0.001 - at `$.device.peak_tflops`"),
+    ("peak_tflops = 312.0", "peak_tflops = 1e-300", "Expected `float` >= 0.001 - at `$.device.peak_tflops`"),
+    ("num_sms = 108", f"num_sms = {'9' * 5000}", "integer string conversion: value has 5000 digits)"),
+    ("memory_gb = 80.0", "memory_gb = -1.0", "Expected `float` >= 0.0 - at `$.device.memory_gb`"),
     ("attention_efficiency = 0.45", "attention_efficiency = 1.2", "<= 1.0 - at `$.device.attention_efficiency`"),
     ("launch_us = 6.0", "launch_us = -6.0", "Expected `float` >= 0.0 - at `$.host.launch_us`"),
     ("gemm_by_comm = ", "gemm_by_comm = 0.5 #", "Expected `float` >= 1.0 - at `$.contention.gemm_by_comm`"),
+    ("gemm_by_comm = ", "gemm_by_comm = inf #", "Expected `float` <= 1000.0 - at `$.contention.gemm_by_comm`"),
+    ("gemm_tiles = [", "gemm_tiles = [] #", "Expected `array` of length >= 1 - at `$.device.gemm_tiles`"),
+    ("partitions = [", "partitions = [] #", "Expected `array` of length >= 1 - at `$.link.partitions`"),
     ("gemm_tiles = [", "gemm_tiles = [[128], ", "`$.device.gemm_tiles[0]`"),
     ("partitions = [", "partitions = [-8, ", "Expected `int` >= 0 - at `$.link.partitions[0]`"),
     ("us = [", "us = [1.0, ", "sizes and"),

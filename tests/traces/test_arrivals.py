@@ -55,12 +55,18 @@ def test_rates_of_a_sweep_stretch_one_pattern() -> None:
         (5, -2.0, 1.0, "request rate -2 "),
         (5, math.nan, 1.0, "request rate nan"),
         (5, 1.0, 0.0, "burstiness 0 "),
-        (5, 1.0, math.inf, "burstiness inf"),
+        (5, 1.0, math.nan, "burstiness nan"),
     ],
 )
 def test_impossible_processes_are_refused(num: int, rate: float, burstiness: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         arrival_times(num, rate, burstiness, np.random.default_rng(0))
+
+
+def test_an_infinite_shape_is_a_metronome() -> None:
+    rng = np.random.default_rng(0)
+    assert arrival_times(4, 10.0, math.inf, rng).tolist() == [0.0, 1e5, 2e5, 3e5]
+    assert arrival_times(4, 10.0, 1e12, rng) == pytest.approx([0.0, 1e5, 2e5, 3e5], rel=1e-4)
 
 
 def test_synthetic_trace_repeats_with_its_seed_only() -> None:

@@ -76,9 +76,7 @@ def test_formats_are_read_and_detected(
         ('"Timestamp", input_tokens, note, output_len\n2,7,"a, b",1\n', [(0.0, 7, 1)]),
     ],
 )
-def test_plain_csv_with_and_without_names(
-    tmp_path: Path, content: str, expected: list[tuple[float, int, int]]
-) -> None:
+def test_plain_csv_with_and_without_names(tmp_path: Path, content: str, expected: list[tuple[float, int, int]]) -> None:
     assert columns(read_trace(write(tmp_path, content))) == expected
 
 
@@ -131,6 +129,7 @@ def test_mooncake_spread_is_seeded_and_keeps_order_inside_each_step(tmp_path: Pa
         ("csv", VIDUR + "\n\n1.9,5,5\n", ":6: this request comes 0.1 s before"),
         ("csv", VIDUR + '3,"5,5\n', ":4: not a CSV row"),
         ("mooncake", MOONCAKE + "{broken\n", ":4: not one JSON object"),
+        ("mooncake", MOONCAKE + '{"timestamp": ' + 5000 * "9" + "}\n", ":4: Exceeds the limit"),
         ("mooncake", MOONCAKE + "[1]\n", ":4: not one JSON object"),
         ("mooncake", MOONCAKE + "[" * 100_000, ":4: not one JSON object"),
         ("mooncake", MOONCAKE + '{"timestamp": 7000, "input_length": 3}', ":4: output_length is missing"),

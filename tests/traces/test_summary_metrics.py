@@ -53,10 +53,10 @@ def test_metrics_by_hand() -> None:
             "failed": 3,
             "duration": 0.1,
             "total_input_tokens": 500,
-            "total_output_tokens": 25,
+            "total_output_tokens": 0,  # though each request of the trace had 5
             "request_throughput": 50.0,
-            "output_throughput": 250.0,
-            "total_token_throughput": 5250.0,
+            "output_throughput": 0.0,
+            "total_token_throughput": 5000.0,
             "mean_e2el_ms": 30.0,
             "median_e2el_ms": 30.0,
             "std_e2el_ms": math.sqrt(200.0),

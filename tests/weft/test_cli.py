@@ -14,6 +14,7 @@ from weft.cli import main
 COMMANDS = ("demo", "simulate", "explore", "trace", "nodes", "run")
 HEAVY = ("torch", "matplotlib", "simpy", "scipy", "joblib", "tqdm", "executor.launch")
 ROOT = Path(__file__).resolve().parents[2]
+GOOD = "arrival_s,prompt_tokens\n0,5\n1,5\n3,5\n"
 BROKEN = "arrival_s,prompt_tokens\n0,5\n1,zero\n"
 
 
@@ -59,6 +60,21 @@ MISTAKES = [
     (["simulate", "--seed", "-1"], "seed -1 is negative"),
     (["simulate", "--batch-size", "0"], "policy option batch_size is 0; it must be a whole number, 1 or more"),
     (["simulate", "--batch-size", "two"], "--batch-size: batch_size is 'two'; it must be a whole number"),
+    (
+        ["simulate", "--partition", "99999"],
+        "policy option partition (--partition) is 99999, but a GPU of a100-pcie-x4 has 108 SMs; give at most 107",
+    ),
+    (
+        ["simulate", "--comm-ctas", "109"],
+        "(--comm-ctas) is 109, but a GPU of a100-pcie-x4 has 108 SMs; give at most 108",
+    ),
+    (["explore", "--partition", "108"], "has 108 SMs; give at most 107"),
+    (["run", "--backend", "gloo", "--partition", "8"], "--partition 8 needs GPUs"),
+    (
+        ["simulate", "--policy-option", "pad_to=1000000000000"],
+        "policy option pad_to is 1000000000000; prompts cannot be padded beyond the 2048 positions of glm-130b",
+    ),
+    (["explore", "--policy-option", "pad_to=4096"], "beyond the 2048 positions of glm-130b; give at most 2048"),
     (["simulate", "--max-wait-ms", "-1"], "policy option max_wait_us is -1000.0; it must be 0.0 or more"),
     (["simulate", "--sync", "never"], "policy option sync is 'never'; choose from hybrid, cpu-gpu, inter-stream"),
     (
@@ -72,12 +88,36 @@ MISTAKES = [
     (["simulate", "--dataset-path", "none.csv"], "none.csv: No such file or directory"),
     (["simulate", "--dataset-name", "random", "--dataset-path", "x.csv"], "--dataset-name random reads no file"),
     (["simulate", "--dataset-path", "x.csv", "--burstiness", "2"], "--burstiness shapes random requests"),
+    (["simulate", "--start", "5"], "--start cuts or bends a trace file, but requests are random"),
+    (["explore", "--duration", "5"], "--duration cuts or bends a trace file, but requests are random"),
+    (["simulate", "--burstiness-scale", "2"], "--burstiness-scale cuts or bends a trace file, but requests are random"),
+    (["simulate", "--dataset-path", "{good}", "--start", "-1"], "window start -1 s is not possible"),
+    (["explore", "--dataset-path", "{good}", "--start", "9"], "no request arrives from 9 s to inf s"),
+    (["simulate", "--dataset-path", "{good}", "--duration", "0"], "window duration 0 s is not possible"),
+    (["simulate", "--dataset-path", "{good}", "--burstiness-scale", "0"], "burstiness scale 0 is not possible"),
     (["simulate", "--dataset-path", "{broken}"], "broken.csv:3: 'zero' is not a whole number of tokens"),
     (["simulate", "--metric-percentiles", "101"], "--metric-percentiles '101' is not a list of numbers from 0 to 100"),
     (["simulate", "--save-result", "--metadata", "x"], "--metadata 'x' is not KEY=VALUE"),
     (["simulate", "--timeline", "t.txt"], "--timeline t.txt: the file must be named *.json or *.json.gz"),
     (["simulate", "--timeline", "no/t.json"], "no/t.json: no is not a folder; make it first"),
     (["simulate", "--result-filename", "no/r.json"], "no/r.json: no is not a folder; make it first"),
+    (["simulate", "--timeline", ".json"], "--timeline .json: the file must be named *.json or *.json.gz"),
+    (["run", "--timeline", "t.txt"], "--timeline t.txt: the file must be named *.json or *.json.gz"),
+    (["simulate", "--result-filename", ""], "--result-filename is empty; give the name of a file"),
+    (["run", "--result-filename", ""], "--result-filename is empty; give the name of a file"),
+    (["simulate", "--result-filename", "/dev/null"], "/dev/null is not a plain file"),
+    (
+        ["simulate", "--result-filename", "a.json", "--timeline", "./a.json"],
+        "a.json and a.json would be written over each other",
+    ),
+    (
+        ["simulate", "--result-filename", "a.rank1.json", "--timeline", "a.json"],
+        "a.rank1.json and a.json would be written over each other",
+    ),
+    (["simulate", "--metadata", "model_id=x"], "--metadata 'model_id=x': the result has a number or name model_id"),
+    (["simulate", "--metadata", "p25_e2el_ms=x"], "the result has a number or name p25_e2el_ms of its own"),
+    (["simulate", "--metadata", "who=x", "who=y"], "--metadata 'who=y': who is given twice"),
+    (["simulate", "--metadata", "label=x", "--label", "y"], "--metadata 'label=x': label is given twice"),
     (["simulate", "--result-dir", "{broken}", "--save-result"], "broken.csv is not a folder"),
     (["simulate", "--result-dir", ".", "--result-filename", "."], ". is a folder; give the name of a file"),
     (
@@ -95,6 +135,9 @@ MISTAKES = [
     (["explore", "--format", "gif"], "invalid choice: 'gif'"),
     (["nodes", "mars"], "node 'mars' is neither a file nor one of"),
     (["trace", "none.csv"], "none.csv: No such file or directory"),
+    (["trace", "{good}", "--plot", "no/x.png"], "no/x.png: no is not a folder; make it first"),
+    (["demo", "--out", "/dev/null/x"], "/dev/null is not a folder"),
+    (["run", "--backend", "gloo", "--port", "99999999"], "--port 99999999 is not possible; give 1 to 65535, or 0"),
 ]
 
 
@@ -104,7 +147,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 ) -> None:
     broken = folder.parent / f"{folder.name}-broken.csv"
     broken.write_text(BROKEN)
-    assert run_main(*(word.format(broken=broken) for word in words)) == 2
+    good = folder.parent / f"{folder.name}-good.csv"
+    good.write_text(GOOD)
+    assert run_main(*(word.format(broken=broken, good=good) for word in words)) == 2
     said = capsys.readouterr()
     assert said.err.startswith("weft: error: ")
     assert message in said.err

@@ -19,7 +19,7 @@ from weft.backends import Backend
 from weft.bound import ideal_bound
 from weft.cli import main
 from weft.explore import COMMON_LOADS, OWN_LOADS, Curve, Region, Study, envelope, explore
-from weft.region_plot import spread, write_region
+from weft.region_plot import conditions, spread, write_region
 from weft.region_table import region_table
 from weft.runs import RunConfig, simulate
 from weft.store import Store
@@ -244,6 +244,20 @@ def test_one_curve_with_one_run_can_be_drawn(region: Region, folder: Path) -> No
     only = Curve("mine", 9.0, region.curves[0].rows[:1])
     write_region(Region(region.place, (only,), (1.0,), 1e9), [folder / "r.png"])
     assert (folder / "r.png").stat().st_size > 20_000
+
+
+def test_a_cut_trace_and_a_node_that_is_too_small_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.csv").write_text("arrival_s,prompt_tokens\n" + "".join(f"{i},16\n" for i in range(30)))
+    words = ["explore", "--model", "opt-66b", "--node", "v100-nvlink-x4", "--policy", "tensor", "pipeline", "-j", "1"]
+    words += ["--request-rate", "4", "--dataset-path", "t.csv", "--start", "3", "--duration", "8", "--out", "o"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("caution: weights of 33 GB a GPU") == 1
+    with (folder / "o" / "results.csv").open() as file:
+        assert {row["num_prompts"] for row in csv.DictReader(file)} == {"8"}
+    place = RunConfig(dataset_name="csv", dataset_path="t.csv", start_s=3.0, duration_s=8.0, burstiness_scale=2.0)
+    row = {"num_prompts": 8, "num_shortened": 0, "policy_options": ""}
+    region = Region(place, (Curve("tensor", 1.0, (row,)),), (1.0,), 1.0)
+    assert conditions(region).startswith("8 requests of t.csv from 3 s for 8 s, CV x 2, rate scaled")
 
 
 def test_a_picture_per_model_and_node(folder: Path) -> None:

@@ -15,7 +15,8 @@ from policy.options import Options
 from sim.simulate import Fidelity
 from traces.chrome import overlap_of
 from weft.cli import main
-from weft.runs import RunConfig, config_hash, estimates_used, layout_of, make_requests, simulate
+from weft.outputs import is_result_key
+from weft.runs import RunConfig, config_hash, estimates_used, layout_of, make_requests, memory_notes, simulate
 
 TINY = ["--model", "tiny-opt", "--num-prompts", "24", "--request-rate", "400"]
 REQUIRED = {
@@ -59,7 +60,8 @@ def test_same_seed_same_bytes_but_for_the_wall_clock() -> None:
         weft_simulate("--save-detailed", "--result-filename", name, "--timeline", f"{name[0]}.trace.json.gz")
     before_wall = [Path(name).read_bytes().partition(b', "sim_wall_s": ')[0] for name in ("a.json", "b.json")]
     assert before_wall[0] == before_wall[1]
-    assert before_wall[0].endswith(b'"out_of_range": []')  # only the wall clock was cut off
+    assert before_wall[0].endswith(b'"out_of_range": []')  # only the wall clock and the date were cut off
+    assert list(json.loads(Path("a.json").read_text()))[-2:] == ["sim_wall_s", "date"]
     for rank in range(4):
         assert Path(f"a.rank{rank}.trace.json.gz").read_bytes() == Path(f"b.rank{rank}.trace.json.gz").read_bytes()
     assert result_of("a.json")["mean_e2el_ms"] != result_of("c.json", "--seed", "1")["mean_e2el_ms"]
@@ -128,6 +130,8 @@ def test_the_rate_asked_for_is_the_rate_of_the_run() -> None:
     for burstiness in (0.3, 1.0, 10.0):
         requests = make_requests(RunConfig(num_prompts=50, request_rate=7.0, burstiness=burstiness))
         assert requests[-1].arrival_us == pytest.approx(49 / 7.0 * 1e6)
+    even = make_requests(RunConfig(num_prompts=4, request_rate=10.0, burstiness=math.inf))
+    assert [request.arrival_us for request in even] == pytest.approx([0.0, 1e5, 2e5, 3e5])
     at_once = make_requests(RunConfig(num_prompts=50, request_rate=math.inf))
     assert {request.arrival_us for request in at_once} == {0.0}
 
@@ -141,6 +145,64 @@ def test_a_trace_keeps_its_rate_or_takes_another(capsys: pytest.CaptureFixture[s
         result = json.loads(Path("r.json").read_text())
         durations.append((result["completed"], round(result["duration"], 1)))
     assert durations == [(11, 10.0), (11, 0.1), (11, 0.0), (3, 2.0)]
+
+
+def test_a_window_of_a_trace_and_its_burstiness() -> None:
+    Path("t.csv").write_text("arrival_s,prompt_tokens\n" + "".join(f"{i * i},{16 + i}\n" for i in range(11)))
+    words = ["simulate", "--model", "tiny-opt", "--dataset-path", "t.csv", "--result-filename", "r.json"]
+    words += ["--save-detailed", "--start", "9", "--duration", "40"]
+    assert main(words) == 0
+    plain = json.loads(Path("r.json").read_text())
+    assert (plain["input_lens"], plain["start_times"]) == ([19, 20, 21, 22], [0.0, 7.0, 16.0, 27.0])
+    assert (plain["trace_start_s"], plain["trace_duration_s"], plain["burstiness_scale"]) == (9.0, 40.0, 1.0)
+    assert main([*words, "--num-prompts", "3", "--burstiness-scale", "2", "--request-rate", "1"]) == 0
+    bent = json.loads(Path("r.json").read_text())
+    first, second = bent["start_times"][1], bent["start_times"][2] - bent["start_times"][1]
+    assert first + second == pytest.approx(2.0)  # two gaps at 1 request per second
+    assert (second - first) / 2.0 == pytest.approx(2 * (9 - 7) / 16)  # the CV of two gaps, doubled
+
+
+def test_a_trace_at_its_own_rate_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.csv").write_text("0,16,7\n1,16,7\n")
+    words = ["simulate", "--model", "tiny-opt", "--dataset-path", "t.csv", "--save-detailed", "--result-dir", "."]
+    assert main(words) == 0
+    assert "Request rate configured (RPS):                 as in the trace\n" in capsys.readouterr().out
+    (file,) = Path().glob("simulated-trace-rate-tiny-opt-*.json")
+    result = json.loads(file.read_text())
+    assert (result["request_rate"], result["burstiness"]) == (None, None)
+    assert (result["total_output_tokens"], result["output_throughput"], result["output_lens"]) == (0, 0.0, [0, 0])
+    assert result["total_token_throughput"] == pytest.approx(32 / result["duration"])
+
+
+def test_weights_that_do_not_fit_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    from models.config import load_model
+    from sim.spec import load_node
+
+    note = "weights of 33 GB a GPU (opt-66b) do not fit the 16 GB of V100-16GB-SXM2"
+    words = ["simulate", "--model", "opt-66b", "--num-prompts", "4", "--result-filename", "r.json"]
+    assert main([*words, "--node", "v100-nvlink-x4"]) == 0
+    result = json.loads(Path("r.json").read_text())
+    assert result["weights_gb_per_gpu"] == pytest.approx(2 * load_model("opt-66b").num_parameters / 4e9)
+    assert result["gpu_memory_gb"] == 16.0
+    assert [line.startswith(note) for line in result["memory_notes"]] == [True]
+    text = capsys.readouterr().out
+    assert "Weights / memory of a GPU (GB):                32.8 / 16\n" in text
+    assert f"caution: {note}" in text
+    assert main(words) == 0
+    assert json.loads(Path("r.json").read_text())["memory_notes"] == []
+    assert "caution" not in capsys.readouterr().out
+    node, config = load_node("v100-nvlink-x4"), load_model("opt-66b")
+    silent = msgspec.structs.replace(node, device=msgspec.structs.replace(node.device, memory_gb=0.0))
+    assert memory_notes(config, silent, layout_of("tensor", 4)) == []  # nobody said how much there is
+
+
+def test_every_key_of_a_result_is_kept_from_metadata() -> None:
+    Path("t.csv").write_text("0,16\n1,16\n")
+    words = ["simulate", "--model", "tiny-opt", "--dataset-path", "t.csv", "--result-filename", "t.json"]
+    assert main([*words, "--save-detailed", "--metric-percentiles", "0,99.99,0.000001"]) == 0
+    keys = set(json.loads(Path("t.json").read_text())) | set(result_of("r.json", "--slo-ms", "2"))
+    assert [key for key in sorted(keys) if not is_result_key(key)] == []
+    assert not is_result_key("who")
 
 
 def test_prompts_that_are_too_long_are_shortened_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,11 +222,14 @@ def test_the_hash_covers_all_that_decides_the_result(folder: Path) -> None:
         msgspec.structs.replace(base, node="h200-nvlink-x4"),
         msgspec.structs.replace(base, options=Options(depth=7)),
         msgspec.structs.replace(base, request_rate=math.inf),
+        msgspec.structs.replace(base, start_s=1.0),
+        msgspec.structs.replace(base, duration_s=1.0),
+        msgspec.structs.replace(base, burstiness_scale=2.0),
         msgspec.structs.replace(base, dataset_name="csv", dataset_path=str(trace)),
     ]
     trace.write_text("0,5\n")
     hashes = {config_hash(config) for config in (base, *others)}
-    assert len(hashes) == 6
+    assert len(hashes) == 9
     before = config_hash(others[-1])
     trace.write_text("0,6\n")
     assert config_hash(others[-1]) != before
