@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from executor.cuda import elapsed_us, new_event
+from executor.inputs import tokens_of
 from executor.lanes import StreamKey
 from executor.session import Opened, Session
 from executor.settings import RunSettings
 from executor.two_batches import captured, forced, in_words, only, plan, serially, undivided
-from executor.warm_up import Preparation, run_through
+from executor.warm_up import run_through
 from policy.options import Options
 from policy.round import Lane
 from policy.scheduler import Scheduler
@@ -143,9 +144,9 @@ def _difference(opened: Opened, variants: dict[str, Any]) -> float | None:
     return float((found[0] - found[1]).abs().max() / found[0].abs().max())
 
 
-def _load(opened: Opened, slot: int) -> None:
-    batch = _batch(opened)
-    Preparation(opened.device, batch)(opened.device.parts.slots[slot])
+def _load(opened: Opened, number: int) -> None:
+    batch, slot = _batch(opened), opened.device.parts.slots[number]
+    slot.load(batch.shape, slot.pack(batch.shape, *tokens_of(batch, opened.run.model, opened.run.seed)))
 
 
 def _batch(opened: Opened) -> Any:

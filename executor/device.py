@@ -156,7 +156,9 @@ class Device:
         pieces = self._pieces(launch, flight.vector)
         for number, (first, last) in enumerate(pieces):
             before = flight.prepare if starts and number == 0 else None
-            after = self._copy_out(flight) if ends and number == len(pieces) - 1 and self.copy_out else None
+            # Not inside a capture: pinned memory that a capture has used is of no use to anybody behind it.
+            copies = self.copy_out and not self._capturing and ends and number == len(pieces) - 1
+            after = self._copy_out(flight) if copies else None
             waits = [self._issue_piece(flight, launch, (first, last), waits, (before, after), round_id)]
         flight.points.append((mark.kernel, mark.part))
         flight.tickets.append(waits[0])

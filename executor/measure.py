@@ -25,6 +25,8 @@ COMM = StreamKey(Lane.COMM)
 # Shapes that are measured; others are read between them.
 MAX_SHAPES = 10
 EIGHTHS = (2, 4, 6)
+# A series that is through before the other has begun says nothing of how much slower it could be than this.
+MOST_SLOWDOWN = 8.0
 PAIR_US = 4000.0
 
 
@@ -199,8 +201,9 @@ class _Bench:
 def slowdowns(ends_us: tuple[float, float], alone_us: tuple[float, float]) -> tuple[float, float]:
     """Slowdowns while both ran, from when each ended and how long each takes alone; the later one ran alone at last."""
     both = min(ends_us)
-    shares = [max(1e-9, alone - (end - both)) for end, alone in zip(ends_us, alone_us, strict=True)]
-    return max(1.0, both / shares[0]), max(1.0, both / shares[1])
+    shares = [max(alone / MOST_SLOWDOWN, alone - (end - both)) for end, alone in zip(ends_us, alone_us, strict=True)]
+    first, second = (min(MOST_SLOWDOWN, max(1.0, both / share)) for share in shares)
+    return first, second
 
 
 def _cut(operation: Callable[[Fragment | None], None], part: Fragment) -> Body:

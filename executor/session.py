@@ -7,8 +7,8 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -139,6 +139,7 @@ class Session:
         device, backing = opened.device, opened.backing
         with ExitStack() as stack:
             driver = self._driver(run, device, opened.scheduler(), stack)
+            stack.enter_context(_no_collections())
             self.start_together(device)
             backing.lanes.begin_run(device.parts.clock, run.device_delay_us, (run.delay_seed, self.place.rank))
             self._go(driver, run, number)
@@ -169,13 +170,7 @@ class Session:
 
     def _go(self, driver: Driver, run: RunSettings, number: int) -> None:
         self.status.enter(f"run {number}")
-        # What was made for the run stays; a collector that looks through it again and again only holds up launches.
-        gc.collect()
-        gc.freeze()
-        try:
-            self._drive(driver, run)
-        finally:
-            gc.unfreeze()
+        self._drive(driver, run)
         self.status.enter(f"finish run {number}")
 
     def _drive(self, driver: Driver, run: RunSettings) -> None:
@@ -282,6 +277,18 @@ class Session:
         prices = host_prices_us(device, scheduler, shapes[len(shapes) // 2])
         launch_us, round_us = self.mail.share("profile/host", prices, tuple)
         return _narrowed(run, table | {"launch_us": launch_us, "round_us": round_us}, shapes)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """What was made for a run stays: a collector that looks through it again and again only holds up launches. Entered
+    before time zero, for the last collection takes longer than many a batch."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> list[Regime] | None:
