@@ -84,7 +84,7 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
 def _choices(run: RunSettings) -> list[tuple[str, Options]]:
     found = [("policy", run.options), ("no decomposition", undivided(run.options))]
     found += [(f"partition {p}, CTAs {c or 'default'}", forced(run.options, p, c))
-              for p in run.partitions if p != 8 for c in run.ctas]  # fmt: skip
+              for p in run.partitions if p != 8 for c in run.ctas if c < 16]  # fmt: skip
     return found
 
 

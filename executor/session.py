@@ -35,7 +35,7 @@ from executor.settings import RunSettings, Settings
 from executor.slots import Slot
 from executor.status import Status
 from executor.summary import summarize
-from executor.warm_up import capture_ranges, host_prices_us, warm_up
+from executor.warm_up import capture_ranges, host_prices_us, rehearsed_us, warm_up
 from executor.weights import Weights, make_weights
 from models.config import ModelConfig
 from models.kernel import FunctionVector
@@ -51,6 +51,8 @@ from traces.request import Request
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SHAPES_FORESEEN = 20
+# SM partitions that are tried out before a run.
+MOST_REHEARSED = 3
 
 
 @dataclass(slots=True)
@@ -125,14 +127,14 @@ class Session:
     def _rehearse(self, opened: Opened) -> None:
         """Make and capture what the run will want, as far as that can be known."""
         run, device, shapes = opened.run, opened.device, opened.shapes
-        on_gpu = self.place.device.type == "cuda"
+        captures = device.parts.graphs is not None
         regimes = _regimes(run, opened.profile, shapes)
-        if regimes is not None and on_gpu and run.options.capture:
+        if regimes is not None and captures:
             used = [regime for regime in regimes if regime.overlap]
             capture_ranges(device, shapes, sorted({r.withheld_sms for r in used}), sorted({r.max_ctas for r in used}))
             device.seal(sealed=True)
             shapes = shapes[-1:]
-        warm_up(device, opened.scheduler(), shapes if on_gpu else shapes[-1:])
+        warm_up(device, opened.scheduler(), shapes if captures else shapes[-1:])
 
     def _run(self, number: int, run: RunSettings) -> None:
         opened = self.open(run)
@@ -265,18 +267,34 @@ class Session:
         self, run: RunSettings, device: Device, backing: Backing, shapes: tuple[BatchShape, ...]
     ) -> dict[str, Any]:
         self.status.enter("measure the profile")
+        device.seal(sealed=False)
         # One real forward pass first: a GPU is faster on zeros than on numbers, and nothing is timed at its first use.
         plain = replace(run.options, capture=False)
         warm_up(device, Scheduler("tensor", plain, UNASKED, Vectors(run.model, run.layout)), shapes[-1:])
         choices = Choices(shapes, run.partitions, run.ctas)
         table = measure(device, choices, backing.stopwatch, self.mail, f"measured on {self.place.backend}")
         # The host's prices, from a rehearsal of what it will do: overlap, whether or not that will pay.
-        options = replace(run.options, adaptive=False)
-        scheduler = Scheduler("interleaved", options, profile_from(table), Vectors(run.model, run.layout))
-        scheduler.plan = PlanCache(POLICIES["interleaved"])
-        prices = host_prices_us(device, scheduler, shapes[len(shapes) // 2])
+        middle = shapes[len(shapes) // 2]
+        prices = host_prices_us(device, _rehearsing(run, replace(run.options, adaptive=False), table), middle)
         launch_us, round_us = self.mail.share("profile/host", prices, tuple)
-        return _narrowed(run, table | {"launch_us": launch_us, "round_us": round_us}, shapes)
+        return self._narrowed(run, device, table | {"launch_us": launch_us, "round_us": round_us}, shapes)
+
+    def _narrowed(
+        self, run: RunSettings, device: Device, table: dict[str, Any], shapes: tuple[BatchShape, ...]
+    ) -> dict[str, Any]:
+        """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
+        everything. Those that beliefs want most are rehearsed, and the fastest stays."""
+        choices = _wanted(run, table, shapes)
+        if len(choices) < 2 or device.parts.graphs is None:
+            return table
+        middle, times = shapes[len(shapes) // 2], []
+        for withheld, ctas in choices:
+            options = replace(run.options, adaptive=False, partition=withheld, comm_ctas=ctas)
+            times.append(rehearsed_us(device, _rehearsing(run, options, table), middle))
+        times = self.mail.share("profile/choices", times, list)
+        withheld, ctas = choices[times.index(min(times))]
+        rehearsed = [[*choice, us] for choice, us in zip(choices, times, strict=True)]
+        return table | {"partitions": [withheld], "ctas": [ctas], "rehearsed": rehearsed}
 
 
 @contextmanager
@@ -304,15 +322,21 @@ def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...])
     ]
 
 
-def _narrowed(run: RunSettings, table: dict[str, Any], shapes: tuple[BatchShape, ...]) -> dict[str, Any]:
-    """Leave the policy only the SM partition that most pairs of shapes want: every further one needs graphs of its own
-    of everything."""
+def _wanted(run: RunSettings, table: dict[str, Any], shapes: tuple[BatchShape, ...]) -> list[tuple[int, int]]:
+    """SM partitions and CTAs that pairs of shapes want in belief, the most wanted first; and to leave both alone."""
     regimes = _regimes(run, profile_from(table), shapes)
-    wanted = Counter(regime.withheld_sms for regime in regimes or () if regime.overlap)
-    if not wanted or len(table["partitions"]) < 2:
-        return table
-    most = max(sorted(wanted), key=lambda withheld: wanted[withheld])
-    return table | {"partitions": [most]}
+    wanted = Counter((regime.withheld_sms, regime.max_ctas) for regime in regimes or () if regime.overlap)
+    choices = sorted(wanted, key=lambda choice: (-wanted[choice], choice))[:MOST_REHEARSED]
+    if choices and run.options.partition < 0 and run.options.comm_ctas < 0 and (0, 0) not in choices:
+        choices.append((0, 0))
+    return choices
+
+
+def _rehearsing(run: RunSettings, options: Options, table: dict[str, Any]) -> Scheduler:
+    """A scheduler that overlaps, whatever the run's own policy is."""
+    scheduler = Scheduler("interleaved", options, profile_from(table), Vectors(run.model, run.layout))
+    scheduler.plan = PlanCache(POLICIES["interleaved"])
+    return scheduler
 
 
 UNASKED = Profile("none", lambda kernel, withheld, ctas: 0.0, lambda compute, comm, withheld, ctas: Contention())

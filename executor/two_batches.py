@@ -75,8 +75,12 @@ def undivided(options: Options) -> Options:
 
 
 def plan(opened: Opened, options: Options) -> list[Launch]:
-    """All launches of the policy for two batches that enter together; they are in flight on the device from then on."""
-    scheduler = Scheduler("interleaved", options, opened.profile, opened.scheduler().vectors_of)
+    """All launches of the policy for two batches that enter together; they are in flight on the device from then on.
+
+    They will be one graph, so the policy is told that launches and rounds cost nothing.
+    """
+    free = replace(opened.profile, launch_us=0.0, collective_launch_us=0.0, event_us=0.0, round_us=0.0, memo={})
+    scheduler = Scheduler("interleaved", options, free, opened.scheduler().vectors_of)
     requests = tuple(replace(r, arrival_us=0.0) for r in opened.run.requests)
     for batch in scheduler.enter((requests, requests), 0.0):
         opened.device.enter(batch, 0.0, lambda slot: None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
+from statistics import median
 
 from executor.device import COMM_KEY, Device
 from executor.inputs import tokens_of
@@ -18,6 +20,8 @@ from policy.batch import Batch
 from policy.round import Lane
 from policy.scheduler import Scheduler
 from traces.request import Request
+
+REHEARSALS = 5
 
 
 def warm_up(device: Device, scheduler: Scheduler, shapes: tuple[BatchShape, ...]) -> None:
@@ -43,25 +47,41 @@ def host_prices_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> t
     return spent.issue_s / max(1, spent.launches) * 1e6, spent.plan_s / max(1, spent.rounds) * 1e6
 
 
+def rehearsed_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> float:
+    """How long as many batches of one shape take as there may be in flight, everything captured before."""
+    depth, times = scheduler.options.depth, []
+    for number in range(depth + 1 + REHEARSALS):
+        started = time.perf_counter()
+        run_through(device, scheduler, shape, depth)
+        if number > depth:
+            times.append((time.perf_counter() - started) * 1e6)
+    device.forget()
+    return median(times)
+
+
 def capture_ranges(
     device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int], ctas: Sequence[int]
 ) -> None:
     """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments
     and units on the compute lane, units on the fill lane, all-reduces. Equal on all ranks: collectives are inside."""
-    graphs = device.parts.graphs
-    if graphs is None or not device.parts.lanes.can_capture:
+    if device.parts.graphs is None:
         return
-    weights = device.parts.weights
     for number, shape in product(range(len(device.parts.slots)), shapes):
-        vector = function_vector(weights.config, shape, weights.layout, device.stage)
-        batch = Batch(-1, (), shape, (vector,) * (device.stage + 1), 0.0, number)
-        for key, span in _ranges(vector, withheld):
-            device.parts.lanes.run(key, (), device.replay(batch, key, span, 0))
+        batch = _made_up(device, shape, number)
+        # What a larger batch left in the slot would be out of range.
+        _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
+        for key, span in _ranges(batch.vectors[device.stage], withheld):
+            _at_once(device, key, device.replay(batch, key, span, 0))
         sums = (op for op in device.bound(number, shape) if isinstance(op, Collective))
         for operation in [op for op in sums if op.kind is Kind.ALL_REDUCE][:1]:
             for count in ctas:
-                device.parts.lanes.run(COMM_KEY, (), device.replay_collective(operation, None, count))
+                _at_once(device, COMM_KEY, device.replay_collective(operation, None, count))
     device.parts.lanes.drain()
+
+
+def _at_once(device: Device, key: StreamKey, work: Callable[[], None]) -> None:
+    """Nothing orders these pieces, so each is waited for."""
+    device.parts.lanes.synchronize(device.parts.lanes.run(key, (), work))
 
 
 def _ranges(vector: FunctionVector, withheld: Sequence[int]) -> Iterator[tuple[StreamKey, tuple[int, int]]]:
@@ -111,6 +131,14 @@ def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: 
         for piece in flight.pieces:
             device.parts.lanes.release(piece.ticket)
     return spent
+
+
+def _made_up(device: Device, shape: BatchShape, slot: int) -> Batch:
+    """A batch that nobody asked for, in its slot."""
+    weights = device.parts.weights
+    vector = function_vector(weights.config, shape, weights.layout, device.stage)
+    requests = tuple(Request(row, 0.0, shape.padded_len) for row in range(shape.num_sequences))
+    return Batch(-1, requests, shape, (vector,) * (device.stage + 1), 0.0, slot)
 
 
 class Preparation:

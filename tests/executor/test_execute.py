@@ -60,6 +60,24 @@ def _finish(folder: Path, runs: list[RunSettings], **world: Any) -> Finished:
     return Finished(both, run_world(folder, both, **world), folder)
 
 
+IMITATED = (sys.executable, str(Path(__file__).with_name("imitated_graphs.py")))
+
+
+def test_captured_ranges_compute_what_the_same_launches_do_one_by_one(tmp_path: Path) -> None:
+    """Everything captured ahead for every length, sealed, then served: overlapped, delayed, and again serially."""
+    forced = replace(SMALL, adaptive=False)
+    runs = [
+        run_of("interleaved", TP2, options=forced, warm_up=True),
+        run_of("interleaved", TP2, options=replace(forced, decomposition="cols", chunks=True), warm_up=True),
+        run_of("tensor", TP2, warm_up=True),
+        run_of("liger-artifact", TP2, warm_up=True),
+        run_of("hybrid", Layout(1, 2), warm_up=True),
+    ]
+    finished = _finish(tmp_path, runs, program=IMITATED)
+    finished.check_serial()
+    assert all(output.num_graphs > 10 for output in finished.outputs[:6])
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     forced = replace(SMALL, adaptive=False)
