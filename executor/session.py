@@ -315,11 +315,7 @@ def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...])
     if run.policy != "interleaved" or len(shapes) > MAX_SHAPES_FORESEEN:
         return None
     vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
-    return [
-        choose_regime(pair, run.options, profile, crowded=crowded)
-        for pair in product(vectors, vectors)
-        for crowded in (False, True)
-    ]
+    return [choose_regime(pair, run.options, profile) for pair in product(vectors, vectors)]
 
 
 def _wanted(run: RunSettings, table: dict[str, Any], shapes: tuple[BatchShape, ...]) -> list[tuple[int, int]]:

@@ -23,8 +23,7 @@ UNSYNCHRONISED_AHEAD = 8
 def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
     """The next round and the state behind it. Pure: equal arguments, equal answer."""
     # The two oldest decide the regime: they are the pair that overlaps most of the time.
-    pair, crowded = tuple(f.vector for f in state.flights[:2]), len(state.flights) >= options.depth
-    regime = choose_regime(pair, options, profile, crowded=crowded)
+    regime = choose_regime(tuple(f.vector for f in state.flights[:2]), options, profile)
     course = Course(state, regime, options, profile)
     if len(state.flights) > 1 and regime.overlap:
         fill_window(course)

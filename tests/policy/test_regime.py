@@ -12,10 +12,12 @@ from sim.simulate import Fidelity
 from sim.spec import load_node
 from tests.worlds import World, alone
 
-# The aim is 1 %. Two cells of the 36 miss it: 1.6 % (GLM-130B, 16 rows, a100-pcie-x4: an all-reduce that waits for a
+# Against falling back to tensor parallelism, or not.
+WITHIN = 1.01
+# Against every SM partition, 1 % is missed by two cells of the 36: 1.6 % (GLM-130B, 16 rows, a100-pcie-x4: an all-reduce that waits for a
 # wave half of the time, which belief averages) and 3.3 % (Llama-3-8B, 16 rows, v100-nvlink-x4: kernels of a few
 # microseconds, of which belief prices partitions wrongly).
-WITHIN = 1.034
+WITHIN_PARTITIONS = 1.034
 
 
 def makespan_us(node_name: str, model: str, rows: int, policy: str, **options: object) -> float:
@@ -30,10 +32,12 @@ def makespan_us(node_name: str, model: str, rows: int, policy: str, **options: o
 @pytest.mark.parametrize("model", ["glm-130b", "opt-30b", "llama-3-8b"])
 @pytest.mark.parametrize("node", ["a100-pcie-x4", "h200-hoststaged-x4", "h200-nvlink-x4", "v100-nvlink-x4"])
 def test_the_policy_is_never_much_slower_than_the_best_of_its_own_options(node: str, model: str, rows: int) -> None:
-    options = {"tensor": makespan_us(node, model, rows, "tensor")}
+    tensor = makespan_us(node, model, rows, "tensor")
+    options = {"tensor": tensor, "overlap": makespan_us(node, model, rows, "interleaved", adaptive=False)}
+    chosen = makespan_us(node, model, rows, "interleaved")
+    assert chosen <= WITHIN * min(options.values()), options
     for partition in load_node(node).link.partitions:
         options[f"partition {partition}"] = makespan_us(
             node, model, rows, "interleaved", adaptive=False, partition=partition
         )
-    chosen = makespan_us(node, model, rows, "interleaved")
-    assert chosen <= WITHIN * min(options.values()), options
+    assert chosen <= WITHIN_PARTITIONS * min(options.values()), options
