@@ -33,7 +33,7 @@ def forward(rows: list[dict[str, Any]]) -> None:
 
 def serving(rows: list[dict[str, Any]]) -> None:
     """Capacity and latency under Poisson arrivals of batches of two."""
-    print("| link, model × layers, policy | offered | batches/s | P50 | P90 | P95 | P99 ms | host µs/launch | rounds |")
+    print("| link, model × layers, policy | offered | batches/s | P50 | P90 | P95 | P99 ms | host µs/round | rounds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         if "policy" not in row:
@@ -41,7 +41,7 @@ def serving(rows: list[dict[str, Any]]) -> None:
         name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
         tail = [row[f"{p}_e2el_ms"] for p in ("median", "p90", "p95", "p99")]
         print(f"| {name} | {row['rate']:.0f} | {row['batch_throughput']:.1f} | {' | '.join(f'{t:.1f}' for t in tail)} "
-              f"| {row['host_issue_us_per_launch']:.0f} | {row['num_rounds']} |")  # fmt: skip
+              f"| {row['host_issue_us_per_round']:.0f} | {row['num_rounds']} |")  # fmt: skip
 
 
 def correct(rows: list[dict[str, Any]]) -> None:
@@ -55,7 +55,24 @@ def correct(rows: list[dict[str, Any]]) -> None:
         print(f"| {check} | {sum(passed)} | {len(passed)} |")
 
 
-TABLES = {"correct": correct, "forward": forward, "serving": serving}
+def levers(rows: list[dict[str, Any]]) -> None:
+    """Capacity under other choices than the policy's own."""
+    print("| link, model × layers | choice | batches/s | P99 ms | rounds | host waits for the GPU |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        name = f"{row['mode']}, {row['model']} × {row['num_layers']}"
+        print(f"| {name} | {row['variant']} | {row['batch_throughput']:.1f} | {row['p99_e2el_ms']:.0f} "
+              f"| {row['num_rounds']} | {row['host_synchronize_fraction']:.0%} |")  # fmt: skip
+
+
+TABLES = {
+    "correct": correct,
+    "forward": forward,
+    "second-forward": forward,
+    "serving": serving,
+    "second-serving": serving,
+    "levers": levers,
+}
 
 
 def main() -> None:
