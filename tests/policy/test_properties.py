@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -141,26 +142,31 @@ def collectives_have_one_order(timeline: Timeline) -> None:
     assert all(order == orders[0] for order in orders.values())
 
 
+@pytest.mark.parametrize(("policy", "tp"), [("pipeline", 1), ("hybrid", 2)])
 @SETTINGS
 @given(st.data())
-def test_pipelines_run_everything_once_on_every_stage(data: st.DataObject) -> None:
+def test_pipelines_run_everything_once_on_every_stage(policy: str, tp: int, data: st.DataObject) -> None:
     from tests.sim.test_oracles import _as
 
-    stages = data.draw(st.integers(2, 4))
+    stages = data.draw(st.integers(2, 4 // tp))
     times = [data.draw(st.integers(1, 300)) / 2 for _ in range(stages)]
     chain = []
     for stage, us in enumerate(times):
-        own = [compute(us / 3)] * 3
+        own = [compute(us / 3), *[comm(us / 5, tp)] * (tp > 1)] * 3
         before = [_as(comm(7.0, 2), "recv")] if stage else []
         after = [_as(comm(7.0, 2), "send")] if stage < stages - 1 else []
         chain.append(FunctionVector((*before, *own, *after)))
     options = alone(depth=data.draw(st.integers(1, 6)), capture=data.draw(st.booleans()),
                     sync=data.draw(st.sampled_from(["hybrid", "cpu-gpu", "inter-stream"])))  # fmt: skip
-    world = World("pipeline", node, [tuple(chain)], options, layout=Layout(1, stages))
     num = data.draw(st.integers(1, 6))
+    world = World(policy, node, [tuple(chain)], options, layout=Layout(tp, stages))
     timeline = world.run([0.0] * num)
     assert len(timeline.completions) == num
-    assert timeline.num_kernels == num * sum(len(vector) for vector in chain)
+    assert timeline.num_kernels == num * tp * sum(len(vector) for vector in chain)
+    waits_look_back(world.rounds)
+    for stage, vector in enumerate(chain):
+        spans = [span for span in timeline.spans if span.rank // tp == stage]
+        runs_once_in_order(replace(timeline, spans=spans), dict.fromkeys(range(num), len(vector)))
 
 
 @SETTINGS

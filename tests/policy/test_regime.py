@@ -14,9 +14,9 @@ from tests.worlds import World, alone
 
 # Against falling back to tensor parallelism, or not.
 WITHIN = 1.01
-# Against every SM partition, 1 % is missed by two cells of the 36: 1.6 % (GLM-130B, 16 rows, a100-pcie-x4: an all-reduce that waits for a
-# wave half of the time, which belief averages) and 3.3 % (Llama-3-8B, 16 rows, v100-nvlink-x4: kernels of a few
-# microseconds, of which belief prices partitions wrongly).
+# Against every SM partition, two cells of the 36 miss 1 %: 1.6 % (GLM-130B, 16 rows, a100-pcie-x4: an all-reduce that
+# waits for a wave half of the time, which belief averages) and 3.3 % (Llama-3-8B, 16 rows, v100-nvlink-x4: kernels of a
+# few microseconds, of which belief prices partitions wrongly).
 WITHIN_PARTITIONS = 1.034
 
 
