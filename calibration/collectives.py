@@ -23,6 +23,7 @@ LEAST_US = 0.1
 # Sizes that are further apart than this factor get a knot between them.
 WIDE_GAP = 1.5
 MORE_CTAS = 8
+DEFAULT_CTAS = "CTA count is the one with which the node explains best how the default gets on beside computation"
 Key = tuple[str, int, int]
 
 

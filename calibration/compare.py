@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from calibration.kernels import with_cuts
 from policy.profile_table import profile_from
 from sim.fitted import STALE_DAYS, age_days, same_gpu
 from sim.spec import NodeSpec
@@ -66,7 +67,9 @@ def read_sources(path: Path, node: NodeSpec) -> list[Source]:
     if path.is_dir() and (path / CONDITIONS).is_file():
         known, rows = read_measurements(path)
         beliefs = _beliefs(path)
-        return [Source(str(path), tuple(rows), known.link_mode, known.gpu, known.date, known.finished, beliefs)]
+        return [
+            Source(str(path), tuple(with_cuts(rows)), known.link_mode, known.gpu, known.date, known.finished, beliefs)
+        ]
     files = sorted(path.glob("forward*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: neither a folder of measurements (no {CONDITIONS}) nor one with forward*.jsonl")

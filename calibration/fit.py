@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import msgspec
 import numpy as np
 
-from calibration.collectives import TableFit, fit_tables
+from calibration.collectives import DEFAULT_CTAS, TableFit, fit_tables
 from calibration.gemm import fit_gemms
 from calibration.holdout import is_held_out
 from calibration.host import fit_host
-from calibration.kernels import collective_of, ctas_of, kernel_of, withheld_of
+from calibration.kernels import collective_of, ctas_of, kernel_of, with_cuts, withheld_of
 from calibration.memory import fit_attention, fit_elementwise
 from calibration.pairs import fit_pairs, is_simulated, race_row
 from calibration.solve import Estimate
@@ -24,7 +24,8 @@ from traces.measurement import Measurement
 
 KERNELS = ("gemm", "attention", "elementwise")
 DELAY = "pair: delay"
-CLASSES = (*KERNELS, "collective", "pair: compute", "pair: comm", DELAY)
+PARTITIONED = "gemm: partition"
+CLASSES = ("gemm", PARTITIONED, "attention", "elementwise", "collective", "pair: compute", "pair: comm", DELAY)
 # Fewer rows than this in a class say nothing of its parameters.
 FEWEST_ROWS = 4
 DIGITS = 5
@@ -81,6 +82,7 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     if not any(row.what in (*KERNELS, "collective", "pair", "host") for row in measurements):
         raise ValueError("there is nothing to fit: no row of kernels, collectives, pairs or host costs")
     rng = np.random.default_rng(seed)
+    measurements = with_cuts(measurements)
     seen: dict[str, list[Measurement]] = {}
     for row in measurements:
         if not is_held_out(row):
@@ -91,6 +93,10 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     host, estimates["host"] = fit_host(seen.get("host", []), base.host)
     node = _rounded(msgspec.structs.replace(node, host=host))
     pairs = fit_pairs(seen.get("pair", []), node)
+    tables = [
+        replace(fit, table=table, note=fit.note if table.ctas == fit.table.ctas else DEFAULT_CTAS)
+        for fit, table in zip(tables, pairs.node.link.tables, strict=False)
+    ]
     traffic = pairs.estimates.pop("hbm_per_byte")
     estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
     node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None))
@@ -118,6 +124,11 @@ def _fit_device(
         notes.append(f"GEMM tiles: {gemms.library}")
         sees = "for the SMs that a partition leaves" if device.gemm_sees_partition else "for the whole device"
         notes.append(f"GEMM tiles are chosen {sees} ({gemms.partition})")
+        if device.partition_step or device.gemm_wave_ctas:
+            notes.append(
+                f"partitions come in steps of {device.partition_step or 1} SMs, and the GEMM library fills a wave with "
+                f"{device.gemm_wave_ctas or device.num_sms} CTAs"
+            )
     for what, fitted in (("elementwise", fit_elementwise), ("attention", fit_attention)):
         if len(rows := seen.get(what, [])) >= FEWEST_ROWS:
             others = fitted(rows, device)
@@ -138,13 +149,14 @@ def _with_tables(link: LinkSpec, fits: Sequence[TableFit], measurements: Sequenc
 def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Residual]:
     """What the node says of every row that it can say something of. Measured times of kernels and collectives have the
     gap to the next one of their graph in them."""
-    costs, gap = Costs(node), node.device.graph_gap_us
+    costs, gap, measurements = Costs(node), node.device.graph_gap_us, with_cuts(measurements)
     found = []
     for row in measurements:
         held = is_held_out(row)
         if row.what in KERNELS:
             us = costs.solo_us(kernel_of(row), withheld_of(row)) + gap
-            found.append(Residual(row.what, row, row.values["us"], us, held))
+            kind = PARTITIONED if row.what == "gemm" and withheld_of(row) else row.what
+            found.append(Residual(kind, row, row.values["us"], us, held))
         elif row.what == "collective" and is_simulated(row, node):
             us = costs.solo_us(collective_of(row), 0, ctas_of(row)) + gap
             found.append(Residual(row.what, row, row.values["us"], us, held))

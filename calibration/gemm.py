@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import msgspec
 import numpy as np
 
 from calibration.holdout import shape_identity
 from calibration.kernels import kernel_of, withheld_of
-from calibration.solve import Estimate, Floats, Parameter, Problem, Solution, bootstrapped, sigma_of, solve
+from calibration.solve import (
+    Estimate,
+    Floats,
+    Parameter,
+    Problem,
+    Solution,
+    bootstrapped,
+    cost_of,
+    searched,
+    sigma_of,
+    solve,
+)
 from calibration.vector import Gemms, gemms_us
 from sim.spec import DeviceSpec
 from traces.measurement import Measurement
@@ -20,6 +32,12 @@ COMMON_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (256, 64)
 # What a parameter more must gain in robust cost (about twice the log likelihood), as in Akaike's criterion.
 PENALTY = 2.0
 BOOTSTRAP_ROUNDS = 12
+# Under a partition a GEMM is as far off as its kernel is not the one that the model takes it to be: the last wave more
+# or less. Such points say how partitions come, and little about rates.
+PARTITION_ERROR, STEP_ERROR = 0.2, 0.05
+STEPS, STEP = (0, 2, 4, 8, 16), 8
+# The start of a fit is searched for among all values where there are not too many rows for that.
+FEWEST_WHOLE, MOST_FOR_SEARCH, SEARCH_SEED = 20, 400, 1
 KNOWN_US = 0.25  # a time per kernel that is known so well is known, even if it is nothing
 KNOWN_SHARE = 0.1
 # 1 / gemm_overlap_order: smooth where the order goes to infinity, which is perfect overlap and written as 0.
@@ -65,26 +83,56 @@ class _Candidate:
 
 
 def fit_gemms(rows: Sequence[Measurement], base: DeviceSpec, rng: np.random.Generator) -> GemmFit:
-    """Fit to these rows (none held out). Which tiles, and whether the library sees partitions, is what fits best."""
-    points = Gemms.of([kernel_of(row) for row in rows], [withheld_of(row) for row in rows])
-    partitioned = bool(points.withheld.any())
-    candidates = []
-    for sees in (False, True) if partitioned else (base.gemm_sees_partition,):
-        for library in (_base_tiles(base), _common_tiles()):
-            spec = msgspec.structs.replace(base, gemm_sees_partition=sees)
-            problem = _problem(rows, points, spec, library)
+    """Fit to these rows (none held out). Which tiles, and what a partition does, is what fits best."""
+    candidates, told = [], "no rows with withheld SMs"
+    whole = [row for row in rows if not withheld_of(row)]
+    for library in (_base_tiles(base), _common_tiles()):
+        specs, start = [base], dict[str, float]()
+        if len(whole) >= FEWEST_WHOLE and len(rows) <= MOST_FOR_SEARCH:
+            problem = _problem(whole, base, library, {})
+            start = searched(problem, SEARCH_SEED)
+        if len(whole) < len(rows):
+            values = start or {p.name: p.start for p in _problem(rows, base, library, {}).parameters}
+            specs = [_partitioned(rows, base, library, values, sees) for sees in (False, True)]
+        for spec in specs:
+            problem = _problem(rows, spec, library, start)
             candidates.append(_Candidate(spec, library, problem, solve(problem)))
     best = min(candidates, key=lambda candidate: candidate.cost)
+    if len(whole) < len(rows):
+        other = msgspec.structs.replace(best.spec, gemm_sees_partition=not best.spec.gemm_sees_partition)
+        cost = cost_of(_problem(rows, other, best.library, {}, STEP_ERROR), best.solution.values)
+        taken = cost_of(_problem(rows, best.spec, best.library, {}, STEP_ERROR), best.solution.values)
+        told = f"robust cost {taken:.0f}, the other way {cost:.0f}"
     solution = bootstrapped(best.problem, best.solution, rng, BOOTSTRAP_ROUNDS)
-    told = "no rows with withheld SMs"
-    if partitioned:
-        others = min(c.cost for c in candidates if c.spec.gemm_sees_partition != best.spec.gemm_sees_partition)
-        told = f"robust cost {best.cost:.0f}, the other way {others:.0f}"
     device = _device(best.spec, best.library, solution.values)
     return GemmFit(device, _as_spec(solution.estimates, device), best.library.name, told)
 
 
-def _problem(rows: Sequence[Measurement], points: Gemms, base: DeviceSpec, library: _Library) -> Problem:
+def _partitioned(
+    rows: Sequence[Measurement], base: DeviceSpec, library: _Library, values: dict[str, float], sees: bool
+) -> DeviceSpec:
+    """What a partition does, chosen among whole numbers: in which steps it comes, and with how many CTAs the library
+    fills a wave, which is what decides on which partitions it needs one wave more. `sees`: it sees partitions."""
+    sms = base.num_sms
+    most = {0, base.gemm_wave_ctas, *range(sms - sms // 4 // STEP * STEP, sms, STEP), sms // STEP * STEP}
+    found: list[tuple[float, int, DeviceSpec]] = []
+    for step, ctas in product(sorted({*STEPS, base.partition_step}), sorted(most)):
+        spec = msgspec.structs.replace(base, gemm_sees_partition=sees, partition_step=step, gemm_wave_ctas=ctas)
+        changes = (step != base.partition_step) + (ctas != base.gemm_wave_ctas)
+        found.append(
+            (cost_of(_problem(rows, spec, library, {}, STEP_ERROR), values) + PENALTY * changes, len(found), spec)
+        )
+    return min(found)[2]
+
+
+def _problem(
+    rows: Sequence[Measurement],
+    base: DeviceSpec,
+    library: _Library,
+    start: dict[str, float],
+    partition_error: float = PARTITION_ERROR,
+) -> Problem:
+    points = Gemms.of([kernel_of(row) for row in rows], [withheld_of(row) for row in rows])
     measured = np.array([row.values["us"] for row in rows])
 
     def log_ratio(values: dict[str, float]) -> Floats:
@@ -93,8 +141,13 @@ def _problem(rows: Sequence[Measurement], points: Gemms, base: DeviceSpec, libra
         return found
 
     sigma = sigma_of(measured.tolist(), [row.spread.get("us", 0.0) for row in rows])
+    sigma = np.where(points.withheld > 0, np.hypot(sigma, partition_error), sigma)
     groups = tuple(shape_identity(row) for row in rows)
-    return Problem((*_common_parameters(base), *library.parameters), log_ratio, sigma, groups, is_staircase=True)
+    pieces = _piece_parameters(base) if (points.piece_bytes >= 0.0).any() else ()
+    parameters = tuple(
+        replace(p, start=start.get(p.name, p.start)) for p in (*_common_parameters(base), *pieces, *library.parameters)
+    )
+    return Problem(parameters, log_ratio, sigma, groups, is_staircase=True)
 
 
 def _common_parameters(base: DeviceSpec) -> tuple[Parameter, ...]:
@@ -102,15 +155,19 @@ def _common_parameters(base: DeviceSpec) -> tuple[Parameter, ...]:
     overlap = 1.0 / base.gemm_overlap_order if base.gemm_overlap_order else 0.0
     one_sm, split, balance = base.sm_bandwidth_gb_s, base.split_us, base.gemm_balance
     return (
-        Parameter("gemm_efficiency", base.gemm_efficiency, 1e-3, 1.0, base.gemm_efficiency),
-        Parameter("hbm_efficiency", base.hbm_efficiency, 1e-3, 1.0, base.hbm_efficiency),
-        Parameter("cta_start_us", max(base.cta_start_us, 0.3), 0.0, 50.0, base.cta_start_us, KNOWN_US),
-        Parameter("ramp_us", max(base.ramp_us, 0.5), 0.0, 100.0, base.ramp_us, KNOWN_US),
+        Parameter("gemm_efficiency", base.gemm_efficiency, 0.05, 1.0, base.gemm_efficiency),
+        Parameter("hbm_efficiency", base.hbm_efficiency, 0.05, 1.0, base.hbm_efficiency),
+        Parameter("cta_start_us", max(base.cta_start_us, 0.3), 0.0, 10.0, base.cta_start_us, KNOWN_US),
+        Parameter("ramp_us", max(base.ramp_us, 0.5), 0.0, 20.0, base.ramp_us, KNOWN_US),
         Parameter("sm_bandwidth_gb_s", max(3.0 * even, one_sm), 0.3 * even, max(5.0 * even, one_sm), one_sm),
         Parameter(OVERLAP, overlap or 0.25, 0.0, MOST_OVERLAP, overlap, KNOWN_SHARE),
         Parameter("gemm_balance", balance or 0.5, 0.0, 1.0, balance, KNOWN_SHARE),
-        Parameter("split_us", split or 0.5, 0.0, 50.0, split, KNOWN_US),
+        Parameter("split_us", split or 0.5, 0.0, 20.0, split, KNOWN_US),
     )
+
+
+def _piece_parameters(base: DeviceSpec) -> tuple[Parameter, ...]:
+    return (Parameter("piece_us", base.piece_us or 3.0, 0.0, 20.0, base.piece_us, KNOWN_US),)
 
 
 def _device(base: DeviceSpec, library: _Library, values: dict[str, float]) -> DeviceSpec:
@@ -126,6 +183,7 @@ def _device(base: DeviceSpec, library: _Library, values: dict[str, float]) -> De
         gemm_balance=values["gemm_balance"],
         split_us=values["split_us"],
         gemm_tiles=library.tiles(values),
+        piece_us=values.get("piece_us", base.piece_us),
     )
 
 
@@ -145,7 +203,7 @@ def _base_tiles(base: DeviceSpec) -> _Library:
 
 def _common_tiles() -> _Library:
     """Common tiles. Each loses time on its edges: it loads rows + columns for rows x columns of results."""
-    parameters = tuple(Parameter(name, 15.0, 0.0, 500.0, 0.0, 4.0) for name in (ROW_LOSS, COL_LOSS))
+    parameters = tuple(Parameter(name, 15.0, 0.0, 100.0, 0.0, 4.0) for name in (ROW_LOSS, COL_LOSS))
 
     def tiles(values: dict[str, float]) -> Tiles:
         rate = [1.0 / (1.0 + values[ROW_LOSS] / r + values[COL_LOSS] / c) for r, c in COMMON_TILES]

@@ -1,4 +1,5 @@
-"""Which points no fit may see: about a third, whole shapes at a time, the same ones in every run on every machine."""
+"""Which points no fit may see: about a third, whole shapes at a time (of pairs, whole cells as well), the same ones in
+every run on every machine."""
 
 from __future__ import annotations
 
@@ -23,7 +24,20 @@ def is_held_out(measurement: Measurement) -> bool:
         return True
     if measurement.what == "collective":
         return round(log2(max(1.0, float(measurement.at["bytes"])))) % PARTS == HELD_OUT_OCTAVE
-    identity = "|".join(str(part) for part in shape_identity(measurement))
+    if measurement.what == "pair" and _falls_out((*shape_identity(measurement), *_pair_identity(measurement))):
+        return True
+    return _falls_out(shape_identity(measurement))
+
+
+def _pair_identity(measurement: Measurement) -> tuple[str | int, ...]:
+    """What makes two pairs of one compute shape the same cell: few shapes are measured in pairs, so that cells are held
+    out as well, with all their partitions and CTAs."""
+    at = measurement.at
+    return "pair", int(at.get("rows", at.get("num_sequences", 0))), str(at["op"]), int(at["bytes"])
+
+
+def _falls_out(parts: tuple[str | int, ...]) -> bool:
+    identity = "|".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % PARTS == 0
 
 

@@ -18,7 +18,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "graph_launch_us": ("issue_graph", "graph_launch"),
     "graph_kernel_us": ("graph_kernel",),
     "event_us": ("event",),
-    "synchronize_us": ("synchronize",),
+    "synchronize_us": ("synchronize_spinning", "synchronize"),
     "plan_us": ("plan",),
     "broadcast_us": ("broadcast",),
 }

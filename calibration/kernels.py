@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,24 @@ def kernel_of(measurement: Measurement) -> Kernel:
     raise ValueError(f"a measurement of {what!r} is not one of a kernel")
 
 
+def with_cuts(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The rows of one survey, with `cut` in GEMMs that are pieces: of the same name and inner dimension, there are some
+    with a multiple of their columns."""
+    whole: dict[tuple[str, int], int] = {}
+    for row in rows:
+        if row.what == "gemm":
+            key = str(row.at["name"]), int(row.at["inner"])
+            whole[key] = max(whole.get(key, 0), int(row.at["cols"]))
+    found = []
+    for row in rows:
+        if row.what == "gemm" and "cut" not in row.at:
+            most, cols = whole[str(row.at["name"]), int(row.at["inner"])], int(row.at["cols"])
+            if most > cols and most % cols == 0:
+                row = replace(row, at={**row.at, "cut": most // cols})
+        found.append(row)
+    return found
+
+
 def collective_of(measurement: Measurement) -> Kernel:
     """The communication kernel of a collective's point or of a pair."""
     return _collective(measurement.at)
@@ -47,7 +66,8 @@ def ctas_of(measurement: Measurement) -> int:
 def _compute(kind: Kind, name: str, at: Coordinates) -> Kernel:
     if kind is Kind.GEMM:
         shape = (int(at["rows"]), int(at["cols"]), int(at["inner"]))
-        return gemm(name, *shape, int(at.get("element_bytes", 2)))
+        kernel = gemm(name, *shape, int(at.get("element_bytes", 2)))
+        return replace(kernel, is_piece=True) if int(at.get("cut", 1)) > 1 else kernel
     if kind is Kind.ELEMENTWISE:
         kernel = elementwise(name, int(at["bytes_moved"]))
         return replace(kernel, num_ctas=int(at.get("num_ctas", kernel.num_ctas)))

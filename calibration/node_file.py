@@ -15,7 +15,8 @@ from models.config import MODELS, ModelConfig
 from models.kernel import Kernel, Kind, collective, gemm
 from models.transformer import BatchShape, layer_kernels
 from sim.cost import Costs
-from sim.spec import LATER, NodeSpec
+from sim.later import without_later
+from sim.spec import NodeSpec
 from traces.files import write_whole
 from traces.measurement import Measurement
 
@@ -35,10 +36,8 @@ def write_node(path: Path, node: NodeSpec) -> None:
 def node_text(node: NodeSpec) -> str:
     """The TOML text that `sim.spec.load_node` reads back as this node."""
     raw: dict[str, Any] = msgspec.to_builtins(node)
-    for name in LATER:
-        if not raw["device"][name]:
-            del raw["device"][name]
-            raw["sources"].pop(f"device.{name}", None)
+    for name in without_later(raw):
+        raw["sources"].pop(name, None)
     if not raw["link"]["pairs"]:
         del raw["link"]["pairs"]
         raw["sources"].pop("link.pairs", None)

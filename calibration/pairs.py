@@ -11,18 +11,24 @@ import numpy as np
 from calibration.holdout import shape_identity
 from calibration.kernels import collective_of, ctas_of, kernel_of, withheld_of
 from calibration.race import Outcome, Pair, race
-from calibration.solve import Estimate, Floats, Parameter, Problem, sigma_of, solve
+from calibration.solve import Estimate, Floats, Parameter, Problem, cost_of, sigma_of, solve
 from sim.cost import Costs
 from sim.spec import ContentionSpec, NodeSpec
 from traces.measurement import Measurement
 
 # Rows that a fit races in the simulator; of more, evenly spaced ones.
-MOST_ROWS = 120
+MOST_ROWS = 100
 KNOWN_SLOWDOWN = 0.02
-MOST_SLOWDOWN = 4.0
+MOST_SLOWDOWN = 6.0
+# CTAs that the default may have.
+DEFAULTS = (2, 4, 12, 20, 24)
 TRAFFIC = "hbm_per_byte"
 SIDES = ("compute_slowdown", "comm_slowdown")
 BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwise": "elementwise_by_comm"}
+BACK = {"gemm": "comm_by_compute", "attention": "comm_by_attention", "elementwise": "comm_by_elementwise"}
+STREAM = "comm_stream_by_compute"
+# Beside a collective of how many CTAs slowdowns are said, where several numbers of CTAs were measured.
+PER_CTAS = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +60,63 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     """Slowdowns by kind, of communication, and memory traffic of a collective per byte, on the node fitted so far."""
     usable = [row for row in rows if is_simulated(row, base) and all(side in row.values for side in SIDES)]
     usable = usable[:: -(-len(usable) // MOST_ROWS)] if usable else []
-    contention = base.contention
-    kinds = sorted({str(row.at["kind"]) for row in usable})
-    fields = [BY_KIND[kind] for kind in kinds] + (["comm_by_compute"] if usable else [])
-    parameters = [
-        Parameter(field, getattr(contention, field), 1.0, MOST_SLOWDOWN, getattr(contention, field), KNOWN_SLOWDOWN)
-        for field in fields
-    ]
-    traffic = base.link.hbm_per_byte
-    parameters.append(Parameter(TRAFFIC, traffic, 0.1, 20.0, traffic))
     estimates: dict[str, Estimate] = {}
+    traffic = base.link.hbm_per_byte
     if usable:
-        estimates = dict(solve(_problem(usable, base, tuple(parameters))).estimates)
+        if len({ctas_of(row) for row in usable}) > 1:
+            base = _with_default(_in_proportion(base), usable)
+        estimates = dict(solve(_problem(usable, base, _parameters(usable, base))).estimates)
+        if per := base.contention.per_ctas:
+            told = "slowdowns of compute are said beside so many CTAs"
+            estimates["per_ctas"] = Estimate("per_ctas", per, float("nan"), True, told)
     for field in (*ContentionSpec.__struct_fields__, TRAFFIC):
-        value = getattr(contention, field, traffic)
+        value = getattr(base.contention, field, traffic)
         estimates.setdefault(field, Estimate(field, value, float("nan"), False, "no such pair was measured"))
     return PairFit(_with(base, {name: e.value for name, e in estimates.items()}), estimates)
+
+
+def _parameters(rows: Sequence[Measurement], base: NodeSpec) -> tuple[Parameter, ...]:
+    """What these rows may tell: by kind both ways where that kind was measured, and what is the same for all."""
+    contention, traffic = base.contention, base.link.hbm_per_byte
+    kinds = sorted({str(row.at["kind"]) for row in rows})
+    both = contention.comm_by_compute
+    found = {BY_KIND[kind]: getattr(contention, BY_KIND[kind]) for kind in kinds} | {"comm_by_compute": both}
+    if len(kinds) > 1:
+        found |= {BACK[kind]: getattr(contention, BACK[kind]) or both for kind in kinds}
+    slow = [Parameter(name, v, 1.0, MOST_SLOWDOWN, v, KNOWN_SLOWDOWN) for name, v in found.items()]
+    stream = contention.comm_stream_by_compute
+    if len({int(row.at["bytes"]) for row in rows}) > 1:
+        slow.append(Parameter(STREAM, stream or both, 1.0, MOST_SLOWDOWN, stream or both, KNOWN_SLOWDOWN))
+    return (*slow, Parameter(TRAFFIC, traffic, 0.1, 20.0, traffic))
+
+
+def _in_proportion(base: NodeSpec) -> NodeSpec:
+    """Slowdowns of compute in proportion to CTAs."""
+    per = base.contention.per_ctas or PER_CTAS
+    return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, per_ctas=per))
+
+
+def _with_default(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
+    """How many CTAs the library's default has is what explains best how it gets on with computation."""
+    known = {ctas_of(row) for row in rows} - {0}
+    some = [row for row in rows if not ctas_of(row)]
+    op, ranks = str(some[0].at["op"]), int(some[0].at["num_ranks"])
+    usual = base.link.default_ctas or max(t.ctas for t in base.link.tables if (t.op, t.ranks) == (op, ranks))
+    found = []
+    for ctas in sorted({usual, *DEFAULTS} - known):
+        node = _default_of(base, usual, ctas)
+        problem = _problem(some, node, _parameters(some, node))
+        found.append((cost_of(problem, {p.name: p.start for p in problem.parameters}), ctas != usual, ctas, node))
+    return min(found, key=lambda each: each[:3])[3]
+
+
+def _default_of(base: NodeSpec, usual: int, ctas: int) -> NodeSpec:
+    """The node whose default tables, of `usual` CTAs, have `ctas`."""
+    tables = tuple(
+        msgspec.structs.replace(t, ctas=ctas) if t.op == "all_reduce" and t.ctas == usual else t
+        for t in base.link.tables
+    )
+    return msgspec.structs.replace(base, link=msgspec.structs.replace(base.link, tables=tables, default_ctas=ctas))
 
 
 def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Parameter, ...]) -> Problem:

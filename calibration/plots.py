@@ -20,8 +20,8 @@ SEEN = {"marker": "o", "facecolors": "none", "edgecolors": "0.55", "linewidths":
 HELD_OUT = {"marker": "s", "facecolors": "#1f4e79", "edgecolors": "none", "s": 14}
 BAND = 0.1
 MANY = 1000
-ALONG = {"gemm": ("rows", "rows"), "attention": ("flops", "operations"), "elementwise": ("bytes_moved", "bytes"),
-         "collective": ("bytes", "bytes")}  # fmt: skip
+ALONG = {"gemm": ("rows", "rows"), "gemm: partition": ("rows", "rows"), "attention": ("flops", "operations"),
+         "elementwise": ("bytes_moved", "bytes"), "collective": ("bytes", "bytes")}  # fmt: skip
 
 
 def write_plots(fit: Fit, folder: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def _against(axes: Axes, kind: str, residuals: Sequence[Residual]) -> None:
     axes.plot(ends, ends, color="black", linewidth=0.8, label="equal")
     if not is_delay:
         axes.fill_between(ends, ends * (1 - BAND), ends * (1 + BAND), color="0.9", label=f"± {BAND:.0%}")
-    if not is_pair:
+    if not is_delay:
         axes.set_xscale("log")
         axes.set_yscale("log")
     for held, style, label in ((False, SEEN, "seen by the fit"), (True, HELD_OUT, "held out")):

@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import differential_evolution, least_squares, minimize
+from scipy.stats import chi2
 
 Floats = NDArray[np.float64]
 # A point of a good model is off by so much even if it was measured perfectly; keeps exact points from ruling the fit.
 MODEL_ERROR = 0.03
 # A parameter with a larger standard error (share of its value) is not determined.
 LARGEST_ERROR = 0.5
-# What a parameter at its base must cost more than at its best, for the data to speak against the base: a likelihood
-# ratio beyond the 99th percentile.
-AGAINST_BASE = 6.6
+# Parameters at their bases must cost more than at their best, for the data to speak against the bases: a likelihood
+# ratio beyond this quantile.
+CONFIDENCE = 0.99
 # Steps of the staircase are stepped over by wide differences first.
 WIDE, MIDDLE, NARROW = 3e-2, 1e-2, 1e-4
 POLISH = 50  # evaluations a parameter
+GENERATIONS, POPULATION = 80, 4
 FEW_STEPS = 12
 LEAST_VARIANCE = 0.01
 
@@ -93,6 +95,7 @@ def solve(problem: Problem) -> Solution:
     free = list(problem.parameters)
     settled: dict[str, Estimate] = {}
     theta = _minimum(problem, free, {})
+    lowest, dropped = _cost_at(problem, free, {}, theta), 0
     while True:
         fixed = {name: estimate.value for name, estimate in settled.items()}
         errors = _clustered_errors(problem, free, fixed, theta)
@@ -102,18 +105,41 @@ def solve(problem: Problem) -> Solution:
         place, why = worst
         lost, value = free.pop(place), float(theta[place])
         rest = np.delete(theta, place)
-        at_best = _cost_at(problem, free, fixed | {lost.name: value}, rest)
         at_base = _minimum(problem, free, fixed | {lost.name: lost.base}, rest)
-        loss = _cost_at(problem, free, fixed | {lost.name: lost.base}, at_base) - at_best
-        if loss > AGAINST_BASE:
+        # All that went back to their bases together must not fit worse than chance allows, or the model loses by steps.
+        loss = _cost_at(problem, free, fixed | {lost.name: lost.base}, at_base) - lowest
+        if loss > float(chi2.ppf(CONFIDENCE, dropped + 1)):
             told = f"only bounded on one side: {lost.base:.4g}, what it was, fits worse; values near {value:.4g} alike"
             settled[lost.name], theta = Estimate(lost.name, value, float("nan"), True, told), rest
         else:
             settled[lost.name], theta = Estimate(lost.name, lost.base, float("nan"), False, why), at_base
+            dropped += 1
     for parameter, value, error in zip(free, theta.tolist(), errors.tolist(), strict=True):
         settled[parameter.name] = Estimate(parameter.name, value, error, True)
     ordered = {p.name: settled[p.name] for p in problem.parameters}
     return Solution(ordered, _cost(_scaled(problem, {name: e.value for name, e in ordered.items()})))
+
+
+def searched(problem: Problem, seed: int) -> dict[str, float]:
+    """Values near the lowest minimum of a rugged problem, looked for everywhere between the parameters' bounds."""
+    names = [p.name for p in problem.parameters]
+    bounds: Any = [(p.low, p.high) for p in problem.parameters]
+    start = np.array([min(max(p.start, p.low), p.high) for p in problem.parameters])
+
+    def cost(theta: Floats) -> float:
+        return cost_of(problem, dict(zip(names, theta.tolist(), strict=True)))
+
+    options: Any = {"maxiter": GENERATIONS, "popsize": POPULATION, "seed": seed, "x0": start, "polish": False}
+    found = differential_evolution(cost, bounds, **options)
+    low, high = (np.array(side) for side in zip(*bounds, strict=True))
+    polished = minimize(cost, found.x, method="Nelder-Mead", bounds=bounds, options={"maxfev": POLISH * len(names)})
+    best = np.clip(polished.x if polished.fun < found.fun else found.x, low, high)
+    return dict(zip(names, best.tolist(), strict=True))
+
+
+def cost_of(problem: Problem, values: dict[str, float]) -> float:
+    """The robust cost of these values."""
+    return _cost(_scaled(problem, values))
 
 
 def bootstrapped(problem: Problem, solution: Solution, rng: np.random.Generator, rounds: int) -> Solution:

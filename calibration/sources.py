@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from calibration.collectives import DEFAULT_CTAS
 from calibration.solve import Estimate
 from sim.spec import NodeSpec, Table
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from calibration.fit import About, Fit
 
 GEMM_FIELDS = ("gemm_efficiency", "hbm_efficiency", "sm_bandwidth_gb_s", "cta_start_us", "ramp_us", "gemm_balance",
-               "gemm_overlap_order", "split_us")  # fmt: skip
+               "gemm_overlap_order", "split_us", "piece_us")  # fmt: skip
 
 
 def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
@@ -34,6 +35,10 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     sources["link.hbm_per_byte"] = _source(hbm, base, "link.hbm_per_byte", told, _held_out(fit, "pair: compute"))
     changed = fit.node.link.partitions != base.link.partitions
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
+    if fit.node.link.default_ctas != base.link.default_ctas:
+        sources["link.default_ctas"] = f"{told}, {DEFAULT_CTAS}"
+    else:
+        sources["link.default_ctas"] = _base(base, "link.default_ctas")
     for field in ("root_gb_s", "pairs"):
         sources[f"link.{field}"] = _base(base, f"link.{field}")
     return sources | _table_sources(fit, base, told)
@@ -48,8 +53,9 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
         numbers = ", ".join(f"{name} {_number(e)}" for name, e in tiles.items())
         library = next((note for note in fit.notes if note.startswith("GEMM tiles: ")), "")
         return f"{told}, {library}; {numbers}{_held_out(fit, 'gemm')}"
-    if field == "gemm_sees_partition":
-        note = next((note for note in fit.notes if note.startswith("GEMM tiles are chosen")), "")
+    if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas"):
+        start = "GEMM tiles are chosen" if field == "gemm_sees_partition" else "partitions come"
+        note = next((note for note in fit.notes if note.startswith(start)), "")
         determined = note and "no rows" not in note
         return f"{told}, {note}" if determined else _kept(base, key, "no rows with withheld SMs")
     if field == "operations":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.kernel import Kernel, Kind
 from policy.batch import TICK_US
-from sim.cost import MAX_SPLIT_WAVES, MIN_SPLIT_INNER, PARTIAL_BYTES, SPLITS, memory_bandwidth
+from sim.cost import MAX_SPLIT_WAVES, MIN_SPLIT_INNER, PARTIAL_BYTES, PIECE_TRAFFIC, SPLITS, memory_bandwidth
 from sim.spec import DeviceSpec
 
 Floats = NDArray[np.float64]
@@ -22,26 +22,28 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gemms:
-    """GEMMs as columns."""
+    """GEMMs as columns. `piece_bytes`: the result of a piece; below 0 for whole ones."""
 
     rows: Ints
     cols: Ints
     inner: Ints
     bytes_moved: Floats
     withheld: Ints
+    piece_bytes: Floats
 
     @classmethod
     def of(cls, kernels: Sequence[Kernel], withheld: Sequence[int]) -> Gemms:
         """The columns of these kernels, each under its partition."""
         shapes = np.array([(k.rows, k.cols, k.inner) for k in kernels], dtype=np.int64).reshape(-1, 3)
         moved = np.array([k.bytes_moved for k in kernels], dtype=np.float64)
-        return cls(shapes[:, 0], shapes[:, 1], shapes[:, 2], moved, np.array(withheld, dtype=np.int64))
+        piece = [float(k.element_bytes * k.rows * k.cols) if k.is_piece else -1.0 for k in kernels]
+        columns = shapes[:, 0], shapes[:, 1], shapes[:, 2]
+        return cls(*columns, moved, np.array(withheld, dtype=np.int64), np.array(piece))
 
     def some(self, which: NDArray[np.bool_] | Ints) -> Gemms:
         """Some of them."""
-        return Gemms(
-            self.rows[which], self.cols[which], self.inner[which], self.bytes_moved[which], self.withheld[which]
-        )
+        shapes = self.rows[which], self.cols[which], self.inner[which]
+        return Gemms(*shapes, self.bytes_moved[which], self.withheld[which], self.piece_bytes[which])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,12 +87,12 @@ def others_us(points: Others, device: DeviceSpec, start_us: float, traffic: floa
     lead = start_us / -(-points.num_ctas // device.num_sms)
     cta_us = np.maximum(busy, cta_bytes / (device.sm_bandwidth_gb_s * 1e3))
     shapes = _Shapes(points.num_ctas, cta_us, cta_bytes, lead, order)
-    return _alone_us(shapes, np.maximum(1, device.num_sms - points.withheld), device)
+    return _alone_us(shapes, _slots(points.withheld, device), device)
 
 
 def gemms_us(points: Gemms, device: DeviceSpec) -> Floats:
     """Solo microseconds, each of the tile and split that the library takes."""
-    slots = np.maximum(1, device.num_sms - points.withheld)
+    slots = _slots(points.withheld, device)
     width = slots if device.gemm_sees_partition else np.full_like(slots, device.num_sms)
     size = len(points.rows)
     chosen_us, chosen_ctas, found = np.full(size, np.inf), np.zeros(size, dtype=np.int64), np.full(size, np.inf)
@@ -113,6 +115,14 @@ def gemms_us(points: Gemms, device: DeviceSpec) -> Floats:
     return found
 
 
+def _slots(withheld: Ints, device: DeviceSpec) -> Ints:
+    """`sim.cost.partition_sms` for many."""
+    left, step = np.maximum(1, device.num_sms - withheld), device.partition_step
+    if not step:
+        return left
+    return np.where(withheld > 0, np.minimum(device.num_sms, -(-left // step) * step), left)
+
+
 def _gemm_shapes(
     points: Gemms, device: DeviceSpec, tile: tuple[int, float], tiles: Ints, split: int, width: Ints
 ) -> _Shapes:
@@ -125,13 +135,16 @@ def _gemm_shapes(
     partial = 0.0 if split == 1 else float(PARTIAL_BYTES) * points.rows * points.cols * split
     moved = points.bytes_moved + partial
     alone = moved / ctas / (device.sm_bandwidth_gb_s * 1e3)
-    waves = -(-ctas // width)
     filled = np.ones(len(ctas))
     if device.gemm_balance:
-        many = ctas > width
-        filled[many] = (1.0 - device.gemm_balance + device.gemm_balance * ctas / (waves * width))[many]
-        ctas = np.where(many, waves * width, ctas)
-    lead = np.zeros(len(ctas)) if split == 1 else device.split_us / waves
+        even = np.minimum(width, device.gemm_wave_ctas or width)
+        full, many = -(-ctas // even) * even, ctas > even
+        filled[many] = (1.0 - device.gemm_balance + device.gemm_balance * ctas / full)[many]
+        ctas = np.where(many, full, ctas)
+    waves = -(-ctas // width)
+    apart = device.piece_us + PIECE_TRAFFIC * points.piece_bytes / memory_bandwidth(device)
+    is_dear = (points.piece_bytes >= 0.0) & bool(device.piece_us)
+    lead = (np.where(is_dear, apart, 0.0) + (0.0 if split == 1 else device.split_us)) / waves
     cta_us = (device.cta_start_us + np.maximum(busy, alone)) * filled
     return _Shapes(ctas, cta_us, (moved + idle) / ctas, lead, device.gemm_overlap_order)
 

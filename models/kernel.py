@@ -55,6 +55,7 @@ class Kernel:
     `rows`, `cols`, `inner` are a GEMM's m, n, k on this rank. `flops` counts a multiply-add as two;
     `bytes_moved` is HBM traffic with every operand touched once; `message_bytes` is a collective's payload
     per rank (nccl-tests convention) or the bytes that a send or receive carries. `num_ranks` is the size of the group.
+    `is_piece`: computes some columns of a wider result, which do not lie together in memory.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Kernel:
     num_ranks: int = 1
     element_bytes: int = 2
     split_axes: tuple[SplitAxis, ...] = ()
+    is_piece: bool = False
     is_communication: bool = field(init=False, compare=False)
     _hash: int = field(init=False, compare=False, repr=False)
 
@@ -100,7 +102,8 @@ class Kernel:
         if low == high:
             raise ValueError(f"{self.name}: {part.axis} of {self.rows}x{self.cols} cannot be cut into {part.of}")
         rows, cols = (high - low, self.cols) if part.axis == "rows" else (self.rows, high - low)
-        return gemm(self.name, rows, cols, self.inner, self.element_bytes)
+        piece = gemm(self.name, rows, cols, self.inner, self.element_bytes)
+        return replace(piece, is_piece=True) if self.is_piece or part.axis == "cols" else piece
 
     def max_parts(self, axis: SplitAxis) -> int:
         """Into how many non-empty parts this kernel can be cut along `axis` (1: it cannot)."""

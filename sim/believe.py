@@ -31,7 +31,7 @@ def profile_of(node: NodeSpec, error: float = 1.0) -> Profile:
         return measure_pair(costs, compute, comm, withheld_sms, max_ctas)
 
     ctas = {t.ctas for t in node.link.tables if t.op == "all_reduce"}
-    default = max(ctas, default=0)
+    default = node.link.default_ctas or max(ctas, default=0)
     return Profile(
         node.name,
         solo_us,

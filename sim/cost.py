@@ -7,7 +7,7 @@ from functools import cache
 
 from models.kernel import Kernel, Kind
 from policy.batch import TICK_US, on_grid
-from sim.spec import DeviceSpec, NodeSpec, Table
+from sim.spec import ContentionSpec, DeviceSpec, NodeSpec, Table
 
 DEFAULT_PATH = ""
 
@@ -18,6 +18,8 @@ MAX_SPLIT_WAVES = 4
 # Memory traffic of partial sums, per element of the result and part. Writing and reading in single precision makes 8;
 # 16 fits the measured GEMM tables better (see the nodes' source of gemm_tiles) and stands for the reduction as well.
 PARTIAL_BYTES = 16
+# The result of a piece is written once more and read once more than that of a whole GEMM, see `_apart_us`.
+PIECE_TRAFFIC = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,13 @@ def up_to_grid(time_us: float) -> float:
     return max(1, ticks) * TICK_US
 
 
+def partition_sms(device: DeviceSpec, withheld_sms: int) -> int:
+    """SMs that compute has where so many are withheld from it: partitions come in steps, rounded up."""
+    left = max(1, device.num_sms - withheld_sms)
+    step = device.partition_step
+    return left if not step or not withheld_sms else min(device.num_sms, -(-left // step) * step)
+
+
 def cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int = 0) -> Shape:
     """The CTAs of a compute kernel; for a GEMM, of the tile and split that finish first on the whole device, or on the
     SMs that it may use if the library knows of them."""
@@ -66,7 +75,7 @@ def cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int = 0) -> Shap
 @cache
 def _cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int) -> Shape:
     if kernel.kind is Kind.GEMM:
-        width = max(1, device.num_sms - withheld_sms)
+        width = partition_sms(device, withheld_sms)
         return min(_gemm_shapes(kernel, device, width), key=lambda s: (alone_us(s, width, device), s.num_ctas))
     start_us, traffic = _operation(kernel, device)
     sm_flops = device.peak_tflops * 1e6 / device.num_sms  # per microsecond
@@ -94,6 +103,7 @@ def _gemm_shapes(kernel: Kernel, device: DeviceSpec, width: int) -> list[Shape]:
     # Until the first tiles have come, memory stands idle. That is charged as traffic: a wave that is bound by memory
     # would hide it otherwise, and it is what small GEMMs spend most of their time on.
     idle = device.ramp_us * memory_bandwidth(device)
+    apart = _apart_us(kernel, device)
     shapes = []
     for tile_rows, tile_cols, share in device.gemm_tiles:
         tiles = -(-kernel.rows // tile_rows) * -(-kernel.cols // tile_cols)
@@ -105,11 +115,20 @@ def _gemm_shapes(kernel: Kernel, device: DeviceSpec, width: int) -> list[Shape]:
             partial = 0.0 if split == 1 else float(PARTIAL_BYTES) * kernel.rows * kernel.cols * split
             moved = kernel.bytes_moved + partial
             alone = moved / ctas / (device.sm_bandwidth_gb_s * 1e3)
-            ctas, filled = _evened(ctas, width, device.gemm_balance)
-            lead = 0.0 if split == 1 else device.split_us / -(-ctas // width)
+            ctas, filled = _evened(ctas, min(width, device.gemm_wave_ctas or width), device.gemm_balance)
+            lead = (apart + (0.0 if split == 1 else device.split_us)) / -(-ctas // width)
             cta_us = (device.cta_start_us + max(busy, alone)) * filled
             shapes.append(Shape(ctas, cta_us, (moved + idle) / ctas, lead, device.gemm_overlap_order))
     return shapes
+
+
+def _apart_us(kernel: Kernel, device: DeviceSpec) -> float:
+    """What a piece of a GEMM takes before it starts: its bias is put into the result by a launch of its own, and read
+    again by the GEMM."""
+    if not kernel.is_piece or not device.piece_us:
+        return 0.0
+    result = float(PIECE_TRAFFIC * kernel.element_bytes * kernel.rows * kernel.cols)
+    return device.piece_us + result / memory_bandwidth(device)
 
 
 def _evened(ctas: int, width: int, balance: float) -> tuple[int, float]:
@@ -141,6 +160,37 @@ def alone_us(shape: Shape, slots: int, device: DeviceSpec) -> float:
     return full + (wave_us(shape, rest, device) if rest else 0.0)
 
 
+def slowed_compute(contention: ContentionSpec) -> dict[Kind, float]:
+    """What communication costs compute of each kind, beyond SMs and memory."""
+    return {
+        Kind.GEMM: contention.gemm_by_comm,
+        Kind.ATTENTION: contention.attention_by_comm,
+        Kind.ELEMENTWISE: contention.elementwise_by_comm,
+    }
+
+
+def slowed_comm(contention: ContentionSpec) -> dict[Kind, float]:
+    """What compute of each kind costs communication, beyond SMs and memory."""
+    return {
+        Kind.GEMM: contention.comm_by_compute,
+        Kind.ATTENTION: contention.comm_by_attention or contention.comm_by_compute,
+        Kind.ELEMENTWISE: contention.comm_by_elementwise or contention.comm_by_compute,
+    }
+
+
+def fair_share(wants: list[float], capacity: float) -> float:
+    """The max-min fair share: who wants less gets what he wants, the others this much each."""
+    if sum(wants) <= capacity:
+        return float("inf") if len(wants) != 1 else capacity
+    left, remaining = capacity, len(wants)
+    for want in sorted(wants):
+        share = left / remaining
+        if want > share:
+            return share
+        left, remaining = left - want, remaining - 1
+    return capacity
+
+
 class Costs:
     """Solo costs on one node, each computed once. Compute kernels never see more than the SMs that are not withheld."""
 
@@ -156,7 +206,8 @@ class Costs:
         return self.table(kernel, max_ctas, path).ctas
 
     def table(self, kernel: Kernel, max_ctas: int, path: str) -> Table:
-        """The table of an operation: the one with the most CTAs allowed, on this path or else the default one.
+        """The table of an operation: the one with the most CTAs allowed (the usual one, if the node says
+        which that is and no bound is given), on this path or else the default one.
 
         Raises ValueError if the node has none for the operation and number of ranks.
         """
@@ -164,8 +215,9 @@ class Costs:
         for where in (path, DEFAULT_PATH):
             fitting = [t for t in self._tables.values() if (t.op, t.ranks, t.path) == (op, kernel.num_ranks, where)]
             allowed = [t for t in fitting if not max_ctas or t.ctas <= max_ctas]
+            usual = [t for t in allowed if t.ctas == self.node.link.default_ctas] if not max_ctas else []
             if allowed:
-                return max(allowed, key=lambda t: t.ctas)
+                return max(usual or allowed, key=lambda t: t.ctas)
             if fitting:
                 return min(fitting, key=lambda t: t.ctas)
         raise ValueError(f"node {self.node.name} has no table for {op} among {kernel.num_ranks} ranks")
@@ -177,7 +229,7 @@ class Costs:
             if kernel.is_communication:
                 cost = up_to_grid(on_grid(self.table(kernel, max_ctas, path).at(kernel.message_bytes)))
             else:
-                slots = max(1, self.device.num_sms - withheld_sms)
+                slots = partition_sms(self.device, withheld_sms)
                 cost = alone_us(cta_shape(kernel, self.device, withheld_sms), slots, self.device)
             self._alone[key] = cost
         return cost

@@ -14,7 +14,7 @@ import simpy
 
 from models.kernel import Kernel
 from policy.round import Lane, Launch, Mark
-from sim.cost import Costs, cta_shape, up_to_grid
+from sim.cost import Costs, cta_shape, partition_sms, up_to_grid
 from sim.express import Courses, Express
 from sim.sms import Running, Sms
 from traces.timeline import Span
@@ -116,7 +116,7 @@ class Device:
             entry.blocked = True  # taken up again when the one before it ends
             return
         if may_express and self.courses is not None and entry.launch.captured and self._has_device_alone(entry):
-            slots = min(self.sms.free, max(1, self.spec.num_sms - entry.launch.withheld_sms))
+            slots = min(self.sms.free, partition_sms(self.spec, entry.launch.withheld_sms))
             course = self.courses.course(entry, slots, up_to_grid(self.spec.graph_gap_us))
             self.sms.count()
             self.express = Express(self, entry, course)
@@ -148,7 +148,7 @@ class Device:
             running.ctas_left = running.transfer.ctas
             return running
         shape = cta_shape(kernel, self.spec, entry.launch.withheld_sms)
-        limit = max(1, sms - entry.launch.withheld_sms)
+        limit = partition_sms(self.spec, entry.launch.withheld_sms)
         return Running(kernel, entry, entry.launch.lane, self._order, shape, limit, shape.num_ctas)
 
     def finish(self, running: Running) -> None:

@@ -30,6 +30,7 @@ class Transfer:
         self.bandwidth = min(
             link.hbm_per_byte * kernel.message_bytes / self.solo_us, memory_bandwidth(links.costs.device)
         )
+        self.stream_share = min(1.0, table.stream_us(kernel.message_bytes) / self.solo_us)
         self.root_load = 0.0 if path == PAIR_PATH else links.root_load(kernel, self.solo_us)
         self.joined: list[tuple[Device, Running]] = []
         self.started = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.kernel import Kernel, Kind
 from policy.round import Lane
-from sim.cost import Costs, Shape, memory_bandwidth, up_to_grid
+from sim.cost import Costs, Shape, fair_share, memory_bandwidth, slowed_comm, slowed_compute, up_to_grid
 from sim.express import resumed_cohort
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ class Sms:
         self._computing = self._communicating = 0
         self._bandwidth = memory_bandwidth(self.spec)
         contention = costs.node.contention
-        self._beside_comm = {
-            Kind.GEMM: contention.gemm_by_comm,
-            Kind.ATTENTION: contention.attention_by_comm,
-            Kind.ELEMENTWISE: contention.elementwise_by_comm,
-        }
-        self._comm_beside = contention.comm_by_compute
+        self._beside_comm, self._comm_beside = slowed_compute(contention), slowed_comm(contention)
+        self._stream_beside, self._per_ctas = contention.comm_stream_by_compute, contention.per_ctas
 
     @property
     def only_waiting_transfers(self) -> bool:
@@ -203,7 +199,7 @@ class Sms:
         for running, cohort in cohorts:
             shape = running.shape
             assert shape is not None
-            slow = self._beside_comm[running.kernel.kind] if moving else 1.0
+            slow = self._slowed(running.kernel.kind, moving)
             bandwidth = fair
             if not shape.is_plain and fair == float("inf"):
                 # There is enough for all on average; in those phases in which this one streams, it gets what is left.
@@ -216,8 +212,26 @@ class Sms:
                 self._retime(cohort, left, pace, now)
         for running in moving:
             assert running.transfer is not None
-            slow = self._comm_beside if cohorts else 1.0
-            running.transfer.set_pace(self.owner, max(1.0, running.transfer.bandwidth / fair) * slow)
+            pace = max(1.0, running.transfer.bandwidth / fair)
+            if cohorts:
+                pace = self._comm_pace(running.transfer, cohorts, pace)
+            running.transfer.set_pace(self.owner, pace)
+
+    def _comm_pace(self, transfer: Transfer, cohorts: list[tuple[Running, Cohort]], pace: float) -> float:
+        """How much slower than alone a collective moves beside compute, `pace` of which memory's share explains."""
+        slow = max(self._comm_beside[running.kernel.kind] for running, _ in cohorts)
+        if self._stream_beside:
+            slow += (self._stream_beside - slow) * transfer.stream_share
+        return pace * slow
+
+    def _slowed(self, kind: Kind, moving: list[Running]) -> float:
+        """What collectives under way cost a kernel beyond SMs and memory."""
+        if not moving:
+            return 1.0
+        slow = self._beside_comm[kind]
+        if not self._per_ctas:
+            return slow
+        return 1.0 + (slow - 1.0) * sum(r.transfer.ctas for r in moving if r.transfer is not None) / self._per_ctas
 
     def _wanted(self, shape: Shape, ctas: int) -> float:
         """Bytes per microsecond that so many CTAs draw when nothing holds them up."""
@@ -280,16 +294,3 @@ class Sms:
         self._await_next_end()
         if unsettled:
             self.unsettle()
-
-
-def fair_share(wants: list[float], capacity: float) -> float:
-    """The max-min fair share: who wants less gets what he wants, the others this much each."""
-    if sum(wants) <= capacity:
-        return float("inf") if len(wants) != 1 else capacity
-    left, remaining = capacity, len(wants)
-    for want in sorted(wants):
-        share = left / remaining
-        if want > share:
-            return share
-        left, remaining = left - want, remaining - 1
-    return capacity

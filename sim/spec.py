@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from sim.later import without_later
+
 NODES = Path(__file__).parent / "nodes"
 
 # Far beyond anything real: these keep out infinity, and what overflows or would take for ever.
@@ -25,10 +27,6 @@ Share = Annotated[float, Meta(ge=SMALLEST, le=1)]
 Count = Annotated[int, Meta(ge=1, le=10**6)]
 Size = Annotated[int, Meta(ge=1, le=2**50)]
 Order = Annotated[float, Meta(ge=0, le=1e3)]
-# Numbers that came later: where they stand at their default, a node is the node that it was before they came.
-LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
-         "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
-         "memory_gb")  # fmt: skip
 
 
 class OperationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,9 +51,12 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     until a GEMM's loads flow. `memory_gb`: what its data sheet says it holds; 0: not known. No time depends on it.
 
     What fits may add; without it the model is the plainer one. `gemm_balance`: how evenly the GEMM library fills the
-    waves, 0 (whole tiles) to 1. `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
+    waves, 0 (whole tiles) to 1; `gemm_wave_ctas`: how many CTAs it fills them with, 0 for one on every SM.
+    `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
     `sim.cost.Shape.pace_us`; 0 is perfectly. `split_us`: what cutting the inner dimension adds. `gemm_sees_partition`:
-    whether the library chooses tiles for the SMs that a partition leaves it. `attention_start_us`,
+    whether the library chooses tiles for the SMs that a partition leaves it. `partition_step`: compute that is
+    confined to some SMs gets the next multiple of so many, or all there are. `piece_us`: a GEMM that is cut along its
+    columns adds its bias in a launch of its own; what that takes beside moving its bytes. `attention_start_us`,
     `elementwise_start_us`: what one takes at least; `operations`: the same for kernels of one name. `attention_cta_us`:
     what a CTA of attention spends beside its operations, as on the half of a block that a causal mask throws away;
     `attention_overlap_order`: 1 where copies come before and after the arithmetic.
@@ -74,9 +75,12 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     cta_start_us: NonNegative = 0.0
     ramp_us: NonNegative = 0.0
     gemm_balance: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    gemm_wave_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
     gemm_overlap_order: Order = 0.0
     split_us: NonNegative = 0.0
     gemm_sees_partition: bool = False
+    partition_step: Annotated[int, Meta(ge=0, le=10**6)] = 0
+    piece_us: NonNegative = 0.0
     attention_start_us: NonNegative = 0.0
     elementwise_start_us: NonNegative = 0.0
     attention_cta_us: NonNegative = 0.0
@@ -129,6 +133,10 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         if any(a >= b for a, b in zip(self.bytes, self.bytes[1:], strict=False)):
             raise ValueError(f"table {self.op}: sizes must increase")
 
+    def stream_us(self, size: int) -> float:
+        """What a message takes at the best rate of the table, without latency."""
+        return size * min(us / some for us, some in zip(self.us, self.bytes, strict=True))
+
     def at(self, size: int) -> float:
         """Time for a message of `size` bytes: log-log between points, flat below, last bandwidth above."""
         if size <= self.bytes[0]:
@@ -145,7 +153,8 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What joins the GPUs. `root_gb_s`: capacity that all flows share (PCIe root or host memory), 0 if there is none.
 
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
-    of a collective per byte of message. `partitions`: SM counts worth withholding from compute.
+    of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
+    the table that holds where no bound is asked for; 0: the one with the most.
     """
 
     kind: str
@@ -154,6 +163,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pairs: tuple[tuple[int, int], ...] = ()
     hbm_per_byte: Positive = 4.0
     partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
+    default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]
@@ -164,12 +174,23 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Slowdown beyond what SM slots, memory bandwidth and links explain: of compute beside communication and back."""
+    """Slowdown beyond what SM slots, memory bandwidth and links explain: of compute beside communication and back.
+
+    What fits may add: `comm_by_attention`, `comm_by_elementwise`: what these do to communication, if not what
+    `comm_by_compute` says (0). `comm_stream_by_compute`: the same for that share of a collective which its bytes take
+    at the table's best rate, where the links themselves are the limit; the others are then for what remains, the
+    latency of its steps; 0: all alike. `per_ctas`: `*_by_comm` are those of a collective of so many CTAs, and in
+    proportion with others; 0: the same with all.
+    """
 
     gemm_by_comm: Slowdown
     attention_by_comm: Slowdown
     elementwise_by_comm: Slowdown
     comm_by_compute: Slowdown
+    comm_by_attention: NonNegative = 0.0
+    comm_by_elementwise: NonNegative = 0.0
+    comm_stream_by_compute: NonNegative = 0.0
+    per_ctas: NonNegative = 0.0
 
 
 class FitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -228,9 +249,7 @@ def _without_defaults(node: NodeSpec) -> dict[str, Any]:
     contents: dict[str, Any] = msgspec.to_builtins(node)
     if node.fit is None:
         del contents["fit"]
-    for name in LATER:
-        if not contents["device"][name]:
-            del contents["device"][name]
+    without_later(contents)
     return contents
 
 

@@ -34,23 +34,23 @@ def run(args: argparse.Namespace) -> int:
 
 def overview(nodes: list[NodeSpec]) -> list[str]:
     """One line a node."""
-    lines = [f"{'node':<20}{'GPUs':>5}  {'link':<13}{'estimates':>9}  description"]
+    lines = [f"{'node':<27}{'GPUs':>5}  {'link':<13}{'estimates':>9}  description"]
     for node in nodes:
-        head = f"{node.name:<20}{node.num_gpus:>5}  {node.link.kind:<13}{len(node.estimates):>9}  "
+        head = f"{node.name:<27}{node.num_gpus:>5}  {node.link.kind:<13}{len(node.estimates):>9}  "
         lines += _wrapped(head, node.description)
     return [*lines, "", "weft nodes NAME shows a node's numbers and where each comes from"]
 
 
 def describe(node: NodeSpec) -> list[str]:
     """Every number of a node, its source, and a mark on what nobody measured."""
-    from sim.spec import LATER
+    from sim.later import ALL_LATER
 
     lines = [f"{node.name}: {node.description}", f"{node.num_gpus} GPUs, {node.link.kind}, contents {node.digest}", ""]
     for section in SECTIONS:
         part = getattr(node, section)
         for field in part.__struct_fields__:
             value = getattr(part, field)
-            if field in LATER and not value:
+            if field in ALL_LATER and not value:
                 continue
             if field == "tables":
                 lines += [line for table in value for line in _table(node, table)]

@@ -44,7 +44,13 @@ def truth() -> NodeSpec:
         )
     )  # fmt: skip
     contention = msgspec.structs.replace(
-        base.contention, gemm_by_comm=1.25, attention_by_comm=1.1, elementwise_by_comm=1.4, comm_by_compute=1.3
+        base.contention,
+        gemm_by_comm=1.25,
+        attention_by_comm=1.1,
+        elementwise_by_comm=1.4,
+        comm_by_compute=1.3,
+        comm_stream_by_compute=1.3,
+        per_ctas=16.0,
     )
     link = msgspec.structs.replace(base.link, tables=tables)
     return msgspec.structs.replace(base, device=device, link=link, contention=contention)
@@ -79,7 +85,7 @@ class Surveyor:
                     if kernel.kind is Kind.GEMM:
                         whole = gemm(kernel.name, size, kernel.cols // cut, kernel.inner)
                         at: Coordinates = {"name": whole.name, "rows": size, "cols": whole.cols, "inner": whole.inner,
-                                           "withheld_sms": sms, "element_bytes": 2}  # fmt: skip
+                                           "withheld_sms": sms, "element_bytes": 2, "cut": 1}  # fmt: skip
                         found[whole.cols, whole.inner, size, sms] = self.alone(whole, at)
         return list(found.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from math import isfinite
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from calibration.collectives import fit_tables
 from calibration.fit import About, Fit, fit_node
 from calibration.holdout import is_held_out
+from calibration.kernels import kernel_of, with_cuts
 from calibration.node_file import beliefs, measured_models, node_text, write_node
 from calibration.report import data_of, lines_of
 from models.kernel import Kind, collective, gemm
@@ -237,3 +239,17 @@ def test_beliefs_are_a_profile(fit: Fit, rows: list[Measurement]) -> None:
     assert profile.partitions == fit.node.link.partitions
     pair = gemm("fc1", 256, 7168, width), collective("c", Kind.ALL_REDUCE, 1 << 20, 4)
     assert 1.0 < profile.contention(*pair, 0, 0).compute < 2.0
+
+
+def test_pieces_are_told_by_their_columns_and_cost_a_launch() -> None:
+    true = msgspec.structs.replace(truth().device, piece_us=5.0)
+    node = msgspec.structs.replace(truth(), device=true)
+    whole = Surveyor(node).gemms((64, 512), cuts=(1, 2))
+    rows = [replace(row, at={k: v for k, v in row.at.items() if k != "cut"}) for row in whole]
+    cut = {row.at["cut"] for row in with_cuts(rows) if "cut" in row.at}
+    assert cut == {2}
+    kernel = kernel_of(next(row for row in with_cuts(rows) if "cut" in row.at))
+    assert kernel.is_piece
+    extra = Costs(node).solo_us(kernel) - Costs(truth()).solo_us(kernel)
+    result = 2 * kernel.rows * kernel.cols * kernel.element_bytes
+    assert extra == pytest.approx(5.0 + result / (true.hbm_gb_s * true.hbm_efficiency * 1e3), abs=0.05)

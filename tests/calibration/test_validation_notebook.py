@@ -23,7 +23,7 @@ def names() -> dict[str, Any]:
 
 def test_every_link_is_compared_on_every_batch_size(names: dict[str, Any]) -> None:
     found = {v.node.name: {cell.rows for cell in v.two_batches.cells} for v in names["validations"]}
-    assert found == {"h200-nvlink-x4": {16, 64, 128}, "h200-hoststaged-x4": {16, 64, 128}}
+    assert found == {"h200-nvlink-x4-fitted": {16, 64, 128}, "h200-hoststaged-x4-fitted": {16, 64, 128}}
     for validation in names["validations"]:
         assert validation.sources
         assert not [note for note in validation.notes if "stale" in note or "foreign" in note]

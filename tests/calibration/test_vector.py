@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ CHANGES: list[dict[str, Any]] = [
     {"gemm_balance": 0.9, "gemm_overlap_order": 3.7, "split_us": 1.1},
     {"gemm_balance": 1.0, "gemm_sees_partition": True, "split_us": 2.0},
     {"gemm_overlap_order": 2.0, "gemm_sees_partition": True, "ramp_us": 0.0, "cta_start_us": 5.0},
+    {"gemm_balance": 1.0, "gemm_wave_ctas": 104, "partition_step": 8, "piece_us": 4.0, "split_us": 1.0},
 ]
 
 
@@ -29,6 +31,7 @@ def test_gemms(node: str, changes: dict[str, Any]) -> None:
     rng, costs = np.random.default_rng(0), Costs(spec)
     logs = rng.uniform((0, 4, 6), (12, 15, 15), (800, 3))
     kernels = [gemm("g", *(int(2.0**x) for x in row)) for row in logs]
+    kernels[::3] = [replace(kernel, is_piece=True) for kernel in kernels[::3]]
     withheld = rng.choice([0, 0, 8, 24, spec.device.num_sms - 1], len(kernels)).tolist()
     expected = [costs.solo_us(kernel, sms) for kernel, sms in zip(kernels, withheld, strict=True)]
     assert gemms_us(Gemms.of(kernels, withheld), spec.device) == pytest.approx(expected, rel=1e-12)

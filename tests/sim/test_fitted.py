@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from calibration.node_file import write_node
 from calibration.race import Pair, race
-from models.kernel import Kernel, Kind, collective, elementwise, gemm
+from models.kernel import Fragment, Kernel, Kind, collective, elementwise, gemm
 from policy.batch import TICK_US
 from policy.options import Options
-from sim.cost import Costs, Shape, alone_us, cta_shape
+from sim.cost import Costs, Shape, alone_us, cta_shape, partition_sms, slowed_comm
+from sim.fitted import fit_notes
+from sim.later import LATER
 from sim.simulate import Fidelity
-from sim.spec import LATER, DeviceSpec, NodeSpec, OperationSpec, load_node
+from sim.spec import DeviceSpec, NodeSpec, OperationSpec, load_node
 from weft.runs import RunConfig, simulate
 
 exact = settings(derandomize=True, deadline=None)
@@ -25,7 +27,7 @@ FITTED: dict[str, Any] = {
     "gemm_balance": 0.8, "gemm_overlap_order": 3.5, "split_us": 1.2, "gemm_sees_partition": True,
     "attention_start_us": 6.0, "elementwise_start_us": 3.0, "attention_cta_us": 0.4, "attention_overlap_order": 2.0,
     "operations": (OperationSpec(name="attn_norm", start_us=5.0, traffic=1.5),),
-    "memory_gb": 96.0,
+    "memory_gb": 96.0, "partition_step": 8, "gemm_wave_ctas": 128, "piece_us": 4.0,
 }  # fmt: skip
 
 
@@ -130,3 +132,60 @@ def test_skipping_what_repeats_changes_nothing_on_fitted_nodes(policy: str, tmp_
         (c.request.request_id, c.finished_us) for c in whole.completions
     ]
     assert quick.compute_us == whole.compute_us
+
+
+@pytest.mark.parametrize(("withheld", "sms"), [(0, 132), (1, 132), (8, 128), (16, 120), (24, 112), (32, 104), (131, 8)])
+def test_partitions_come_in_steps(withheld: int, sms: int) -> None:
+    assert partition_sms(node(partition_step=8).device, withheld) == sms
+    assert partition_sms(node().device, withheld) == 132 - withheld
+
+
+def test_a_filled_wave_of_fewer_ctas_survives_a_small_partition() -> None:
+    filled = gemm("g", 1024, 7168, 7168)
+    full, few = node(gemm_balance=1.0, partition_step=8), node(gemm_balance=1.0, partition_step=8, gemm_wave_ctas=128)
+    assert Costs(full).solo_us(filled, 8) > 1.2 * Costs(full).solo_us(filled)
+    assert Costs(few).solo_us(filled, 8) == pytest.approx(Costs(few).solo_us(filled), rel=0.02)
+    assert Costs(few).solo_us(filled, 16) > 1.2 * Costs(few).solo_us(filled)
+
+
+def test_a_piece_costs_its_launch_and_two_passes_over_its_result() -> None:
+    spec = node(piece_us=4.0)
+    whole = gemm("g", 512, 3584, 7168)
+    piece = gemm("g", 512, 7168, 7168).fragment(Fragment("cols", 0, 1, 2))
+    assert piece.is_piece and piece.cols == whole.cols
+    passes = 2 * 2 * 512 * 3584 / (spec.device.hbm_gb_s * spec.device.hbm_efficiency * 1e3)
+    extra = Costs(spec).solo_us(piece) - Costs(spec).solo_us(whole)
+    assert extra == pytest.approx(4.0 + passes, abs=0.2)
+    assert Costs(node()).solo_us(piece) == Costs(node()).solo_us(whole)
+
+
+def test_the_default_table_may_have_few_ctas() -> None:
+    base = load_node("h200-nvlink-x4")
+    kernel = collective("c", Kind.ALL_REDUCE, 1 << 20, 4)
+    assert Costs(base).ctas_of(kernel, 0) == 16
+    usual = Costs(msgspec.structs.replace(base, link=msgspec.structs.replace(base.link, default_ctas=2)))
+    assert (usual.ctas_of(kernel, 0), usual.ctas_of(kernel, 16), usual.ctas_of(kernel, 2)) == (2, 16, 2)
+
+
+def beside(size: int, **contention: float) -> float:
+    """Slowdown of a collective on a node that has so much contention and nothing else to share."""
+    base = load_node("h200-nvlink-x4")
+    spec = msgspec.structs.replace(base.contention, gemm_by_comm=1.0, **contention)
+    world = msgspec.structs.replace(base, contention=spec)
+    pair = Pair(gemm("g", 256, 4096, 8192), collective("c", Kind.ALL_REDUCE, size, 4), 32)
+    return race(Costs(world), pair, with_delay=False).comm_slowdown
+
+
+def test_compute_delays_latency_or_streaming() -> None:
+    latency = {"comm_by_compute": 3.0, "comm_stream_by_compute": 1.0}
+    stream = {"comm_by_compute": 1.0, "comm_stream_by_compute": 3.0}
+    small, large = 1 << 16, 1 << 26
+    assert beside(small, **latency) > 1.5 * beside(large, **latency)
+    assert beside(large, **stream) > 1.5 * beside(small, **stream)
+    kinds = slowed_comm(msgspec.structs.replace(load_node("h200-nvlink-x4").contention, comm_by_attention=2.0))
+    assert kinds == {Kind.GEMM: 1.1, Kind.ATTENTION: 2.0, Kind.ELEMENTWISE: 1.1}
+
+
+@pytest.mark.parametrize("name", ["h200-hoststaged-x4-fitted", "h200-nvlink-x4-fitted"])
+def test_fitted_nodes_are_as_their_fit_left_them(name: str) -> None:
+    assert fit_notes(load_node(name)) == ()

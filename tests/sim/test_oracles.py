@@ -12,8 +12,8 @@ from policy.options import Options
 from policy.round import Lane, Launch
 from policy.scheduler import Scheduler
 from sim.believe import profile_of
+from sim.cost import fair_share
 from sim.simulate import Fidelity, Simulation
-from sim.sms import fair_share
 from sim.spec import load_node
 from tests.worlds import BYTES_PER_US, World, alone, changed, comm, compute, ideal_node
 from traces.arrivals import poisson

@@ -1,0 +1,54 @@
+"""Fit the shipped H200 nodes again to the surveys that are committed, and write their files and reports.
+
+Run: python benchmarks/refit.py [--out sim/nodes] [--report weft-refit]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from calibration.fit import Fit, fit_node
+from calibration.node_file import write_node
+from calibration.plots import write_plots
+from calibration.report import lines_of
+from sim.spec import load_node
+from traces.files import write_whole
+from weft.calibrate_command import on_machine, read_folders
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "benchmarks" / "data" / "h200-x4-2026-11-21"
+# Survey, and the node that keeps what the survey cannot tell.
+SURVEYS = {"survey-nvlink": "h200-nvlink-x4", "survey-hoststaged": "h200-hoststaged-x4"}
+SUFFIX = "-fitted"
+
+
+def fitted(folder: Path, base: str, share: float = 1.0) -> Fit:
+    """The fit to the first `share` of a survey's rows, in the order in which they were measured."""
+    conditions, rows, about = read_folders([folder], base + SUFFIX)
+    count = max(1, round(share * len(rows)))
+    return fit_node(rows[:count], on_machine(load_node(base), conditions[0]), about)
+
+
+def main() -> None:
+    """Fit and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "sim" / "nodes")
+    parser.add_argument("--report", type=Path, default=Path("weft-refit"))
+    parser.add_argument("--only", choices=tuple(SURVEYS))
+    args = parser.parse_args()
+    for name, base in SURVEYS.items():
+        if args.only not in (None, name):
+            continue
+        fit = fitted(DATA / name, base)
+        write_node(args.out / f"{fit.node.name}.toml", fit.node)
+        folder = args.report / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plots(fit, folder)
+        text = "\n".join(lines_of(fit)) + "\n"
+        write_whole(folder / "report.txt", text.encode())
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
