@@ -42,7 +42,7 @@ class Flight:
     `cursor` is the next kernel; `issued` of `parts` pieces of it have been issued already (0 of 1: none), cut along
     `axis`. `ready_us` is when the work issued so far is believed to end, on the clock of the state. `lane` ran the
     last piece.
-    `protected`: its deadline leaves no slack, so fills must not delay it.
+    `protected`: its deadline leaves no time for others, so fills must not delay it.
     """
 
     batch: Batch

@@ -22,9 +22,10 @@ class Options:
     chunks: cut long collectives too. lookahead: consider every flight as a fill, not only the next in line.
     partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to choose by
     regime.
-    adaptive: fall back to plain tensor parallelism where overlap does not pay. protect: a batch without slack to its
-    deadline is not delayed. sync: who orders lanes (Liger section 3.4). run_ahead: rounds that the host may be ahead.
-    capture: replay runs of kernels as graphs. priority: streams have priorities. slo_us: end-to-end deadline.
+    adaptive: fall back to plain tensor parallelism where overlap does not pay. protect: a batch that would miss its
+    deadline only if it were delayed is not delayed. sync: who orders lanes (Liger section 3.4). run_ahead: rounds that
+    the host may be ahead. capture: replay runs of kernels as graphs. priority: streams have priorities. slo_us:
+    end-to-end deadline.
     """
 
     batch_size: int = 2

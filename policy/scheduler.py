@@ -37,6 +37,10 @@ class Admission:
     batches: tuple[tuple[int, ...], ...]
 
 
+# How much longer than alone a batch may take beside others: contention, and fills that stick out of their windows.
+SHARED = 1.5
+
+
 class Scheduler:
     """Holds what is waiting and what is in flight; decides nothing itself, but asks the pure plan function.
 
@@ -167,11 +171,15 @@ class Scheduler:
         return replace(launch, waits=(*launch.waits, ends[launch.stage])) if ends else launch
 
     def _with_slack(self, now_us: float) -> State:
-        """Mark the flights whose deadline leaves no time beyond what they need alone."""
+        """Mark the flights whose deadlines hold if nothing delays them, and may not if something does.
+
+        A batch that is late in any case is not protected: that would cost the batches behind it time, and win nothing.
+        """
         if self.options.slo_us == float("inf"):
             return self.state
-        flights = tuple(
-            replace(f, protected=now_us + self.profile.run_us(f.vector.kernels[f.cursor :]) >= f.batch.deadline_us)
-            for f in self.state.flights
-        )
-        return replace(self.state, flights=flights)
+        flights = []
+        for flight in self.state.flights:
+            alone_us = self.profile.run_us(flight.vector.kernels[flight.cursor :])
+            left_us = flight.batch.deadline_us - now_us
+            flights.append(replace(flight, protected=alone_us <= left_us < alone_us * SHARED))
+        return replace(self.state, flights=tuple(flights))

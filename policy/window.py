@@ -6,16 +6,24 @@ from models.kernel import Fragment, Kernel
 from policy.batch import Flight
 from policy.lanes import NEVER, Course
 from policy.round import Lane, Launch
+from policy.sequential import last_quarter
 
 # Without a partner there is nothing to interleave; how much is issued at once is how long a newcomer may have to wait.
 SOLO_LAYERS = 2
 
 
 def issue_alone(course: Course) -> None:
-    """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor
-    parallelism."""
+    """The oldest flight by itself; captured, collectives and all, it is plain tensor parallelism.
+
+    While nobody else is there only a few layers at once, for whoever comes may interleave with the rest. Where others
+    are there and shall wait, as much at once as plain tensor parallelism issues.
+    """
     flight = course.flights[0]
-    goal = min(len(flight.vector), flight.cursor + SOLO_LAYERS * max(1, len(flight.vector.layer)))
+    vector = flight.vector
+    goal = min(len(vector), flight.cursor + SOLO_LAYERS * max(1, len(vector.layer)))
+    if len(course.flights) > 1:
+        tail = last_quarter(vector)
+        goal = max(goal, tail if flight.cursor < tail else len(vector))
     if flight.issued:
         course.place_rest(0)
     first = len(course.launches)

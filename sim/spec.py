@@ -212,7 +212,7 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     was fitted to measurements, which ones.
     """
 
-    name: str
+    name: Annotated[str, Meta(min_length=1, max_length=100)]
     description: str
     num_gpus: Count
     device: DeviceSpec

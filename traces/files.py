@@ -7,6 +7,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -14,6 +15,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of every line that is not blank; gzip is told by its content, not by the name."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device; write what it gives to a file, and give that")
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == GZIP_MAGIC
         raw.seek(0)
@@ -53,7 +56,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 def whole_number(text: str) -> int:
     """A count written in plain digits, at most nine of them: no sign, no fraction, no underscore."""
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise ValueError(f"{text!r} is not a whole number of tokens (0 to 999999999)")
+        shown = text if len(text) <= 40 else text[:37] + "..."
+        raise ValueError(f"{shown!r} is not a whole number of tokens (0 to 999999999)")
     return int(text)
 
 
@@ -63,5 +67,8 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
+    except OSError as error:  # in the name that the caller knows
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

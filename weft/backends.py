@@ -13,6 +13,9 @@ BackendName = Literal["loky", "dask", "ray"]
 BACKENDS: tuple[BackendName, ...] = ("loky", "dask", "ray")
 
 
+MOST_JOBS = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """How to compute: `jobs` processes (-1: one per core; dask and ray use the whole cluster), `address` of a cluster.
@@ -26,8 +29,9 @@ class Backend:
 
     def check(self) -> None:
         """Raises ValueError if this cannot be meant."""
-        if self.jobs == 0 or self.jobs < -1:
-            raise ValueError(f"-j {self.jobs} is not possible; give a number of processes, or -1 for one per core")
+        if self.jobs == 0 or not -1 <= self.jobs <= MOST_JOBS:
+            wanted = f"give 1 to {MOST_JOBS} processes, or -1 for one per core"
+            raise ValueError(f"-j {self.jobs} is not possible; {wanted}")
         if self.address and self.name == "loky":
             raise ValueError(f"--scheduler {self.address} needs --backend dask or ray")
 

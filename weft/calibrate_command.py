@@ -7,6 +7,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weft.flags import path_of
+
 if TYPE_CHECKING:
     from calibration.fit import About, Fit
     from sim.spec import NodeSpec
@@ -23,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     folders_help = "folders that `weft measure` or `weft import` wrote, all of one machine and link mode"
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=folders_help)
     out_help = "the node file to write; its name becomes the node's"
-    parser.add_argument("--out", type=Path, required=True, metavar="NODE.toml", help=out_help)
+    parser.add_argument("--out", type=path_of, required=True, metavar="NODE.toml", help=out_help)
     base_help = f"node that keeps what the measurements cannot tell (default: {DEFAULT_BASE})"
     parser.add_argument("--base", default=DEFAULT_BASE, metavar="NODE", help=base_help)
     report_help = "folder for the report: text, JSON, a picture per class, and beliefs for policies"

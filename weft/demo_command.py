@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from weft.flags import path_of
+
 NUM_PROMPTS = 300
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `weft demo` to the command line."""
     parser = subparsers.add_parser("demo", help="a first feasible region, in about a minute", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weft-demo"), metavar="DIR", help="default: weft-demo")
+    parser.add_argument("--out", type=path_of, default=Path("weft-demo"), metavar="DIR", help="default: weft-demo")
     parser.set_defaults(run=run)
 
 

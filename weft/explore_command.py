@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.flags import add_policy_flags, add_workload_flags, config_of
+from weft.flags import add_policy_flags, add_workload_flags, config_of, path_of
 
 if TYPE_CHECKING:
     from weft.backends import Backend
@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_workload_flags(parser, several_rates=True)
     add_policy_flags(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, default=Path("weft-explore"), metavar="DIR", help="default: weft-explore")
+    group.add_argument("--out", type=path_of, default=Path("weft-explore"), metavar="DIR", help="default: weft-explore")
     group.add_argument(
         "--percentile", type=int, choices=PERCENTILES, default=90, help="of the large panel (default: 90)"
     )
@@ -98,10 +98,11 @@ def explore_and_report(study: Study, backend: Backend, output: Output) -> int:
 
     study.check()
     backend.check()
-    check_folder(output.folder)
+    pictures = _pictures([(model, node) for model in study.models for node in study.nodes])
+    check_folder(output.folder, [f"{name}.{kind}" for name in pictures for kind in output.formats])
     store = Store(output.folder / "results.jsonl", fresh=output.fresh)
     known = len(store.rows)
-    with bar(0, "runs") as shown, warnings.catch_warnings():
+    with store.locked(), bar(0, "runs") as shown, warnings.catch_warnings():
         # Joblib's remark on tasks that an interrupt or an error cut off; what is said below is enough.
         warnings.filterwarnings("ignore", r"\d+ tasks (which were still being processed|have been)", UserWarning)
 
@@ -125,25 +126,41 @@ def explore_and_report(study: Study, backend: Backend, output: Output) -> int:
     return 0
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, pictures: list[str] | None = None) -> None:
     """Know before the work that its results can be kept."""
     from weft.outputs import check_writable
 
-    check_writable(folder / "results.jsonl", may_make_folder=True)
+    for name in ("results.jsonl", "results.csv", *(pictures or ())):
+        check_writable(folder / name, may_make_folder=True)
 
 
 def _draw(regions: list[Region], output: Output) -> list[Path]:
-    """A picture per model and node."""
     from weft.region_plot import write_region
 
     written = []
-    for region in regions:
-        model, node = Path(region.place.model).stem, Path(region.place.node).stem
-        stem = "region" if len(regions) == 1 else f"region-{model}-{node}"
-        paths = [output.folder / f"{stem}.{kind}" for kind in output.formats]
+    names = _pictures([(region.place.model, region.place.node) for region in regions])
+    for region, name in zip(regions, names, strict=True):
+        paths = [output.folder / f"{name}.{kind}" for kind in output.formats]
         write_region(region, paths, output.percentile, output.slo_ms)
         written += paths
     return written
+
+
+def _pictures(places: list[tuple[str, str]]) -> list[str]:
+    """A name per model and node; files of the same name are told apart by a number."""
+    from weft.outputs import short_name
+
+    if len(places) == 1:
+        return ["region"]
+    names: list[str] = []
+    for model, node in places:
+        name = f"region-{short_name(model)}-{short_name(node)}"
+        number = 2
+        free = name
+        while free in names:
+            free, number = f"{name}-{number}", number + 1
+        names.append(free)
+    return names
 
 
 def _report(regions: list[Region], output: Output) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from policy.options import OPTION_NAMES, Options
@@ -161,6 +162,13 @@ def options_of(args: argparse.Namespace) -> Options:
     if given.get("slo_us") == 0.0:
         raise ValueError("policy option slo_us is 0; a deadline is above 0 microseconds, or inf")
     return replace(DEFAULTS, **given)
+
+
+def path_of(text: str) -> Path:
+    """A path that a user gives; "" would be the present folder, which nobody means by it."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a name")
+    return Path(text)
 
 
 def _named(flag: str, option: str, worth: float, text: str) -> Any:

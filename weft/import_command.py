@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weft.flags import path_of
+
 if TYPE_CHECKING:
     from calibration.importers.folder import Imported
 
@@ -21,7 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     files_help = "files of one machine, plain or gzip; traces: one a rank"
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=files_help)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not be there")
+    out_help = "the folder to write; must not be there"
+    parser.add_argument("--out", type=path_of, required=True, metavar="DIR", help=out_help)
     parser.add_argument("--licence", default="", metavar="TEXT", help="licence of the files, kept with them")
     group = parser.add_argument_group("what the files do not say")
     group.add_argument("--gpu", default="", metavar="NAME", help="name of the GPU")

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from weft.flags import path_of
+
 if TYPE_CHECKING:
     from executor.settings import Settings
     from traces.measurement import Measurement
@@ -32,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "measure kernels, collectives, pairs, host costs and schedules on this machine's GPUs, or on CPU processes"
     parser = subparsers.add_parser("measure", help="measure this machine for a fitted node", description=text)
     out_help = "folder for the rows; one that is there is continued, if the conditions are the same"
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out_help)
+    parser.add_argument("--out", type=path_of, required=True, metavar="DIR", help=out_help)
     budget_help = "seconds to measure, once all ranks are there (default: 600); a coarse grid comes first"
     parser.add_argument("--budget-s", type=float, default=DEFAULT_BUDGET_S, metavar="S", help=budget_help)
     models_help = f"ids or files, separated by commas; pairs and schedules are those of the first two (default: \

@@ -93,6 +93,14 @@ def given_name(name: str | None) -> str:
     return name or ""
 
 
+def short_name(name_or_path: str) -> str:
+    """A model or node as a part of file names: its id, or its file without the ending; of a config.json its folder."""
+    path = Path(name_or_path)
+    if path.suffix not in (".json", ".toml"):
+        return path.name
+    return path.resolve().parent.name if path.stem == "config" else path.stem
+
+
 def rate_name(rate: float) -> str:
     """The rate as a part of file names; 0 is a trace's own."""
     return f"{rate:g}qps" if rate else "trace-rate"

@@ -170,7 +170,8 @@ def _bound(axes: Axes, region: Region) -> None:
     if region.bound < axes.get_xlim()[1]:
         axes.axvline(region.bound, color=FAINT, linewidth=1.0, linestyle=(0, (7, 3)), zorder=1)
         axes.annotate(words, (region.bound, 0.02), xycoords=("data", "axes fraction"), xytext=(-3, 0), rotation=90,
-                      textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color=FAINT)  # fmt: skip
+                      textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color=FAINT,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})  # fmt: skip
     else:
         axes.annotate(f"{words} \N{RIGHTWARDS ARROW}", (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom",
                       fontsize=7.5, color=FAINT)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from traces.files import write_whole
 from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
-from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save
+from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save, short_name
 from weft.simulate_command import POLICY_HELP, add_result_flags, detailed, further_percentiles, parse_percentiles
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _result_file(args: argparse.Namespace, config: RunConfig, world: World) -> P
     parts = (
         world.backend,
         rate_name(config.request_rate),
-        Path(config.model).stem,
+        short_name(config.model),
         f"{world.num_ranks}ranks",
         config.policy,
     )

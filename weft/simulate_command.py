@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
-from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save
+from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of, path_of
+from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save, short_name
 
 if TYPE_CHECKING:
     from traces.timeline import Timeline
@@ -41,7 +41,7 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-result", action="store_true", help="write the result as JSON; replaces an older file")
     group.add_argument("--save-detailed", action="store_true", help="also save every request's times")
     group.add_argument("--append-result", action="store_true", help="add a line to the file instead of replacing it")
-    group.add_argument("--result-dir", type=Path, metavar="DIR", help="folder for the result; made if missing")
+    group.add_argument("--result-dir", type=path_of, metavar="DIR", help="folder for the result; made if missing")
     group.add_argument(
         "--result-filename", metavar="NAME", help="default: made from rate, model, node, policy and hash"
     )
@@ -137,6 +137,6 @@ def _result_file(args: argparse.Namespace, config: RunConfig) -> Path | None:
     if not name:
         from weft.runs import config_hash
 
-        parts = (rate_name(config.request_rate), Path(config.model).stem, Path(config.node).stem, config.policy)
+        parts = (rate_name(config.request_rate), short_name(config.model), short_name(config.node), config.policy)
         name = "-".join(("simulated", *parts, config_hash(config))) + ".json"
     return Path(args.result_dir or "") / name

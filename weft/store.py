@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,19 @@ class Store:
                 ) from None
             if code == self.code:
                 self.rows[key] = row
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes the file meanwhile. Raises ValueError if somebody does."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{self.path}: another weft writes there; wait until it has ended, or give another --out"
+                ) from None
+            yield
 
     def add(self, row: Row) -> None:
         """Keep one finished run, at once on disk."""

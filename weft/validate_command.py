@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from traces.files import write_whole
+from weft.flags import path_of
 
 if TYPE_CHECKING:
     from calibration.validate import Inputs, Validation
@@ -39,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     all_help = "also single kernels and pairs that a fit may have seen (default: held-out shapes alone)"
     parser.add_argument("--all-rows", action="store_true", help=all_help)
     out_help = f"folder for {RESULT} and the pictures; made if missing"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    parser.add_argument("--out", type=path_of, metavar="DIR", help=out_help)
     parser.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
     _add_live_flags(parser)
     parser.set_defaults(run=run)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from models.kernel import FunctionVector, Kernel
 from models.transformer import Layout
+from policy.batch import State
 from policy.options import Options
+from policy.profile import Profile
 from policy.round import Mark, Round
 from sim.simulate import Fidelity
 from tests.worlds import World, alone, comm, compute, ideal_node, simple_profile, splittable
@@ -172,9 +174,9 @@ def test_pipelines_run_everything_once_on_every_stage(policy: str, tp: int, data
 @SETTINGS
 @given(st.data())
 def test_a_batch_without_slack_is_not_delayed_beyond_what_was_priced(data: st.DataObject) -> None:
-    """With right estimates and no contention, the oldest batch takes as long as alone, whatever fills beside it.
+    """With right estimates and no contention, a protected batch takes as long as alone, whatever fills beside it.
 
-    Its deadline has passed, so fills may not delay it; what is left is the piece that was under way when it came.
+    What is left is the piece that was under way when it came.
     """
     calm = ideal_node()
     shapes = data.draw(st.lists(vectors, min_size=2, max_size=3))
@@ -182,13 +184,49 @@ def test_a_batch_without_slack_is_not_delayed_beyond_what_was_priced(data: st.Da
     # that.
     kernels = shapes[0].kernels
     assume(not any(a.is_communication and b.is_communication for a, b in pairwise(kernels)))
-    options = Options(batch_size=1, pad_to=1, depth=3, slo_us=0.0, adaptive=False, partition=0)
-    world = World("interleaved", calm, [(v,) for v in shapes], options)
+    world = World("interleaved", calm, [(v,) for v in shapes], alone(depth=3, adaptive=False, partition=0))
+    protect_all(world)
     timeline = world.run([0.0] * 3)
     first = min(timeline.completions, key=lambda c: c.batch_id)
     alone_us = world.scheduler.profile.run_us(shapes[0].kernels)
     longest = max(world.scheduler.profile.solo_us(k, 0, 0) for v in shapes for k in v.kernels)
     assert first.latency_us <= alone_us + 0.05 * longest + 0.5
+
+
+def protect_all(world: World) -> None:
+    """As if every batch would miss its deadline if it were delayed."""
+
+    def with_slack(now_us: float) -> State:
+        state = world.scheduler.state
+        return replace(state, flights=tuple(replace(flight, protected=True) for flight in state.flights))
+
+    world.scheduler._with_slack = with_slack  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("share", "protected"), [(0.9, False), (1.0, True), (1.4, True), (1.6, False)])
+def test_a_batch_is_protected_where_only_a_delay_would_make_it_late(share: float, protected: bool) -> None:
+    vector = FunctionVector((), (compute(40.0), comm(60.0)), 6)
+    world = World("interleaved", node, [(vector,)], alone(slo_us=share * 6 * 100.0))
+    seen: list[bool] = []
+    plan = world.scheduler.plan
+
+    def watched(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
+        seen.append(state.flights[0].protected)
+        return plan(state, options, profile)
+
+    world.scheduler.plan = watched
+    world.run([0.0])
+    assert seen[0] is protected
+
+
+def test_a_deadline_that_cannot_be_met_costs_no_capacity() -> None:
+    """Batches that are late in any case are interleaved like those without a deadline."""
+    vector = FunctionVector((), (compute(40.0), comm(40.0)), 12)
+    ends = []
+    for slo_us in (float("inf"), 1.0):
+        world = World("interleaved", node, [(vector,)], alone(depth=2, slo_us=slo_us))
+        ends.append(world.run([0.0] * 8, Fidelity()).end_us)
+    assert ends[0] == ends[1]
 
 
 def test_equal_states_give_equal_rounds() -> None:
@@ -204,7 +242,8 @@ def test_equal_states_give_equal_rounds() -> None:
 
 def test_what_does_not_fit_the_window_of_a_batch_without_slack_is_cut() -> None:
     long = FunctionVector((), (splittable(1024, 4096), comm(6000.0)), 6)
-    world = World("interleaved", node, [(long,)], alone(depth=2, adaptive=False, slo_us=0.0))
+    world = World("interleaved", node, [(long,)], alone(depth=2, adaptive=False))
+    protect_all(world)
     world.run([0.0, 0.0])
     parts = [launch.fragment for round_ in world.rounds for launch in round_.launches if launch.fragment]
     assert any(part.axis in ("rows", "cols") for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import time
 from pathlib import Path
 
@@ -179,3 +180,9 @@ def test_reads_a_hundred_thousand_rows_in_seconds(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(read_trace(file).requests) == 100_000
     assert time.process_time() - start < 10.0  # takes well under 1 s; a slip to quadratic time takes minutes
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe or a device"):
+        read_trace(tmp_path / "pipe", "csv")

@@ -286,3 +286,25 @@ def test_demo_explores_the_four_policies(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["demo"]) == 0
     assert asked[0].policies == ("tensor", "pipeline", "hybrid", "interleaved")
     assert (asked[0].models, asked[0].nodes) == (("glm-130b",), ("a100-pcie-x4",))
+
+
+def test_models_of_one_file_name_get_pictures_of_their_own(tmp_path: Path) -> None:
+    names = explore_command._pictures(
+        [("a/config.json", "x"), ("b/config.json", "x"), ("qwen2.5-32b", "n/node.toml"), ("qwen2.5-32b", "m/node.toml")]
+    )
+    assert names == ["region-a-x", "region-b-x", "region-qwen2.5-32b-node", "region-qwen2.5-32b-node-2"]
+
+
+def test_two_explores_do_not_write_one_file(tmp_path: Path) -> None:
+    one, other = Store(tmp_path / "results.jsonl"), Store(tmp_path / "results.jsonl")
+    with one.locked(), pytest.raises(ValueError, match="another weft writes there"), other.locked():
+        pass
+    with other.locked():
+        pass
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "region.png").mkdir()
+    assert main(["explore", "--model", "llama-3-8b", "--out", str(tmp_path)]) == 2
+    assert "region.png is a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "region.png"]
