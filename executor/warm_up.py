@@ -19,7 +19,6 @@ from models.transformer import BatchShape, function_vector
 from policy.batch import Batch
 from policy.round import Lane
 from policy.scheduler import Scheduler
-from policy.sequential import last_quarter
 from traces.request import Request
 
 REHEARSALS = 5
@@ -89,9 +88,6 @@ def _ranges(vector: FunctionVector, withheld: Sequence[int]) -> Iterator[tuple[S
     size, begin = len(vector.layer), len(vector.prologue)
     for layer in range(vector.num_layers):
         yield StreamKey(Lane.COMPUTE), (begin + layer * size, begin + (layer + 1) * size)
-    # Where batches do not overlap, they are issued as these two.
-    tail = last_quarter(vector)
-    yield from ((StreamKey(Lane.COMPUTE), span) for span in ((0, tail), (tail, len(vector))) if span[0] < span[1])
     keys: list[tuple[StreamKey, tuple[tuple[int, ...], ...]]] = []
     keys += [(StreamKey(Lane.COMPUTE, w), (vector.run_end, vector.unit_end)) for w in withheld]
     keys += [(StreamKey(Lane.FILL, w), (vector.unit_end,)) for w in withheld]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from models.kernel import FunctionVector
 from policy.batch import Batch, State
 from policy.options import Options
 from policy.profile import Profile
@@ -43,11 +42,6 @@ def _wake_up(launches: list[Launch], options: Options) -> tuple[Mark, ...]:
     return (first[-1].mark,)
 
 
-def last_quarter(vector: FunctionVector) -> int:
-    """Where the last quarter of a vector's layers begins."""
-    return len(vector) - len(vector.epilogue) - max(1, vector.num_layers // WAKE_UP_SHARE) * len(vector.layer)
-
-
 def _forward(batch: Batch, stage: int, *, capture: bool) -> list[Launch]:
     """One stage's forward: receives, computation and sends, each run on its lane.
 
@@ -57,7 +51,8 @@ def _forward(batch: Batch, stage: int, *, capture: bool) -> list[Launch]:
     """
     vector = batch.vectors[stage]
     if len(batch.vectors) == 1 and capture:
-        tail = last_quarter(vector)
+        layers = max(1, vector.num_layers // WAKE_UP_SHARE)
+        tail = len(vector) - len(vector.epilogue) - layers * len(vector.layer)
         cuts = [0, tail, len(vector)] if 0 < tail < len(vector) else [0, len(vector)]
         return [Launch(batch.batch_id, a, b, Lane.COMPUTE, stage=stage, captured=True) for a, b in pairwise(cuts)]
     launches: list[Launch] = []

@@ -127,7 +127,7 @@ class Device:
         """Whether nothing else runs but transfers that hold their SMs and wait; of collectives, only its own come."""
         if len(entry.kernels) - entry.position < 2 or self.sms.settling or not self.sms.only_waiting_transfers:
             return False
-        if not any(k.is_communication for k in entry.kernels):
+        if not any(k.is_communication for k in entry.kernels[entry.position :]):
             return True
         if any(other.blocked for other, _ in self.communicator):
             return False  # another launch's collective goes on as soon as one of these ends

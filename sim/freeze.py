@@ -12,12 +12,13 @@ from typing import NamedTuple
 from models.kernel import Fragment, FunctionVector
 from policy.batch import Batch
 from policy.round import Lane, Launch, Mark
+from policy.window import MOST_LAYERS
 from sim.device import LANES, Device, Entry
 from sim.sms import Cohort, Running
 
 # How many layers ahead of what a batch has done a plan looks at most, beyond those of the rounds that the host is
 # ahead: the layers of a round that is planned now, of the fill that goes with it, and one for good measure.
-LOOKAHEAD_LAYERS = 6
+LOOKAHEAD_LAYERS = MOST_LAYERS + 4
 
 
 class Place(NamedTuple):

@@ -18,7 +18,7 @@ from models.transformer import BatchShape
 from policy.batch import TICK_US, Batch, Busy, Flight, State, on_grid
 from policy.interleaved import rounds_ahead
 from policy.round import Mark
-from policy.window import SOLO_LAYERS
+from policy.window import MOST_LAYERS
 from sim.cost import up_to_grid
 from sim.device import Device
 from sim.freeze import IDLE, LOOKAHEAD_LAYERS, FrozenDevice, Place, freeze, place_of, thaw
@@ -102,7 +102,7 @@ class Recall:
     def __init__(self, simulation: Simulation) -> None:
         self.simulation = simulation
         self.scheduler = simulation.scheduler
-        self.ahead = rounds_ahead(self.scheduler.options) * SOLO_LAYERS + LOOKAHEAD_LAYERS
+        self.ahead = rounds_ahead(self.scheduler.options) * MOST_LAYERS + LOOKAHEAD_LAYERS
         self.now = 0.0
         self.batches: list[Batch] = []
         self.bases: list[int] = []

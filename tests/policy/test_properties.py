@@ -193,6 +193,20 @@ def test_a_batch_without_slack_is_not_delayed_beyond_what_was_priced(data: st.Da
     assert first.latency_us <= alone_us + 0.05 * longest + 0.5
 
 
+@settings(SETTINGS, max_examples=20)
+@given(st.lists(st.integers(0, 40_000).map(float), min_size=4, max_size=8).map(sorted), st.integers(40, 60))
+def test_batches_that_wait_are_recalled_as_they_would_have_run(times: list[float], layers: int) -> None:
+    """Where overlap does not pay and others wait, rounds are long; what is remembered of one must not depend on where
+    the end of its batch is."""
+    busy = ideal_node(slowdown=3.0, launch_us=0.5, event_us=0.1, plan_us=0.5)
+    vector = FunctionVector((compute(20.0),), (compute(40.0), comm(60.0)), layers, (compute(10.0),))
+    exact, recalled = (
+        outcome(World("interleaved", busy, [(vector,)], alone(depth=3)).run(times, fidelity))
+        for fidelity in (Fidelity(exact=True), Fidelity())
+    )
+    assert exact == recalled
+
+
 def protect_all(world: World) -> None:
     """As if every batch would miss its deadline if it were delayed."""
 

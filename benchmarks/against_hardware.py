@@ -1,0 +1,109 @@
+"""Simulated serving beside what was measured on 4 x H200, and beside the published artifact's. Prints Markdown.
+
+python benchmarks/against_hardware.py                 # fitted nodes
+python benchmarks/against_hardware.py --suffix ""     # the nodes before they were fitted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_world import SEED
+from models.config import MODELS, ModelConfig
+from models.kernel import FunctionVector
+from models.transformer import BatchShape, Layout, function_vector
+from policy.options import Options
+from policy.scheduler import Scheduler
+from sim.believe import profile_of
+from sim.simulate import Fidelity, Simulation
+from sim.spec import NodeSpec, load_node
+from traces.lengths import Uniform
+from traces.metrics import metrics
+from traces.request import Request
+from traces.synthetic import SyntheticSpec, synthetic_trace
+
+DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-21"
+NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
+TP4 = Layout(4, 1)
+KEYS = ("request_throughput", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms")
+# The repaired artifact's capacity on this kind of node, batches of two of 16 to 115 tokens, 131 of them, and its own
+# tensor parallelism's: mode, model, layers, tensor, interleaved.
+ARTIFACT = (
+    ("host-staged", "glm-130b-plain", 4, 295.0, 461.0),
+    ("as-is", "glm-130b-plain", 4, 371.0, 463.0),
+    ("host-staged", "opt-30b", 48, 41.8, 59.6),
+)
+ARTIFACT_BATCHES = 131
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Function vectors of a model by batch shape."""
+
+    model: ModelConfig
+
+    def __call__(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
+        """One stage's."""
+        return (function_vector(self.model, shape, TP4, 0),)
+
+
+def served(node: NodeSpec, name: str, layers: int, policy: str, requests: list[Request], pad_to: int) -> dict[str, Any]:
+    """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
+    model = replace(MODELS[name], num_layers=layers, vocab_size=0)
+    scheduler = Scheduler(policy, Options(pad_to=pad_to), profile_of(node), Vectors(model))
+    return metrics(Simulation(node, TP4, scheduler, Fidelity()).run(requests))
+
+
+def pairs(count: int, rate: float, seed: int = SEED) -> list[Request]:
+    """Pairs of one length, as in the measurement: its arrivals, at exactly this rate."""
+    singles = synthetic_trace(SyntheticSpec(count, rate, 1.0, Uniform(16, 115)), seed).requests
+    scale = (count - 1) / rate * 1e6 / singles[-1].arrival_us if rate < float("inf") else 0.0
+    return [
+        replace(r, request_id=2 * r.request_id + twin, arrival_us=r.arrival_us * scale)
+        for r in singles
+        for twin in (0, 1)
+    ]
+
+
+def measured() -> Iterator[dict[str, Any]]:
+    """The rows of serving that were measured last."""
+    for line in (DATA / "serving.jsonl").read_text().splitlines():
+        yield json.loads(line)
+
+
+def main() -> None:
+    """Both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suffix", default="-fitted", help="of the nodes' names")
+    suffix = parser.parse_args().suffix
+    nodes = {mode: load_node(name + suffix) for mode, name in NODES.items()}
+    print("| link, model × layers, policy | offered | batches/s | mean ms | P50 | P90 | P99 |")
+    print("|---|---|---|---|---|---|---|")
+    for row in measured():
+        requests = pairs(row["num_requests"] // 2, row["rate"])
+        found = served(nodes[row["mode"]], row["model"], row["num_layers"], row["policy"], requests, row["pad_to"])
+        cells = [_beside(row[key], found[key], 2.0 if key == "request_throughput" else 1.0) for key in KEYS]
+        name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
+        print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
+    print("\n| link, model × layers | artifact's tensor parallelism | artifact, repaired |\n|---|---|---|")
+    for mode, model, layers, tensor, artifact in ARTIFACT:
+        requests = pairs(ARTIFACT_BATCHES, float("inf"))
+        cells = []
+        for policy, known in (("tensor", tensor), ("liger-artifact", artifact)):
+            found = served(nodes[mode], model, layers, policy, requests, 1)["request_throughput"]
+            cells.append(_beside(2.0 * known, found, 2.0))
+        print(f"| {mode}, {model} × {layers} | {' | '.join(cells)} |")
+
+
+def _beside(known: float, found: float, scale: float) -> str:
+    change = f"{100.0 * (found / known - 1.0):+.0f} %".replace("-", "\N{MINUS SIGN}")
+    return f"{known / scale:.1f} → {found / scale:.1f} ({change})"
+
+
+if __name__ == "__main__":
+    main()
