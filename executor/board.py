@@ -50,14 +50,18 @@ class Board:
         _HEAD.pack_into(self._memory, start, number + 1, len(content), _checksum(number + 1, content))
         self._next += 1
 
-    def read(self, timeout_s: float, look_around: Callable[[], object]) -> bytes | None:
-        """The next note; None if none has come in time. `look_around` is called now and then, and may raise."""
+    def read(
+        self, timeout_s: float, look_around: Callable[[], object], meanwhile: Callable[[], object] = lambda: None
+    ) -> bytes | None:
+        """The next note; None if none has come in time. `meanwhile` is called at every pause, `look_around` now and
+        then; both may raise."""
         looks, pause_s, started = 0, PAUSE_S, time.monotonic()
         looked_s = started
         while (content := self._look()) is None:
             looks += 1
             if looks <= EAGER_LOOKS:
                 continue
+            meanwhile()
             time.sleep(pause_s)
             pause_s = min(LONGEST_PAUSE_S, 1.2 * pause_s)
             now = time.monotonic()

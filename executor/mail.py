@@ -7,6 +7,7 @@ host. Contents are msgpack, never pickle.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,9 +77,11 @@ class Mail:
         self._store.set(f"{self._name}/note/{self._posted}", content)  # type: ignore[arg-type]
         self._posted += 1
 
-    def next(self) -> Note:
-        """The next note of rank 0; waits for it."""
-        content = b"" if self._board is None else self._board.read(self._timeout.total_seconds(), self._look_around)
+    def next(self, meanwhile: Callable[[], object] = lambda: None) -> Note:
+        """The next note of rank 0; waits for it, and calls `meanwhile` now and then if notes come by memory."""
+        content: bytes | None = b""
+        if self._board is not None:
+            content = self._board.read(self._timeout.total_seconds(), self._look_around, meanwhile)
         if content is None:
             raise DistStoreError(f"wait timeout after {self._timeout.total_seconds():g} s: no note of rank 0")
         if not content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from executor.launch import launch
 from executor.results import Output
-from executor.settings import RunSettings
+from executor.settings import RunSettings, Settings
 from models.config import MODELS
 from models.transformer import Layout
 from policy.options import Options
@@ -157,3 +159,14 @@ def one_process(four_ranks: Finished, tmp_path_factory: pytest.TempPathFactory) 
     models = [four_ranks.runs[number].model for number in (0, 2)]
     run_world(folder, [run_of("tensor", Layout(1, 1), **{**AT_ONCE, "model": model}) for model in models])
     return folder
+
+
+def test_a_request_is_answered_when_it_is_done_and_not_when_the_next_one_comes(tmp_path: Path) -> None:
+    apart = (replace(requests(1)[0]), replace(requests(2)[1], arrival_us=1.5e6))
+    answered: list[float] = []
+    run = run_of("tensor", TP2, requests=apart)
+    launch(
+        Settings(runs=(run,), output=str(tmp_path)), progress=lambda count: answered.extend([time.monotonic()] * count)
+    )
+    assert len(answered) == 2
+    assert answered[1] - answered[0] > 1.0
