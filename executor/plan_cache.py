@@ -19,7 +19,7 @@ from policy.round import Launch, Mark, Round
 
 Plan = Callable[[State, Options, Profile], tuple[Round, State]]
 # Layers of a batch that a round may pass and still be kept, and what a plan looks at beyond what it places.
-AHEAD_LAYERS = 16
+AHEAD_LAYERS = 12
 MARGIN_LAYERS = 3
 MAX_PLANS = 100_000
 

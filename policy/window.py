@@ -9,22 +9,18 @@ from policy.round import Lane, Launch
 
 # Without a partner there is nothing to interleave; how much is issued at once is how long a newcomer may have to wait.
 SOLO_LAYERS = 2
-# Where others are there and shall wait, more at once costs nobody anything, and each launch less.
-WAITING_LAYERS = 8
-# A round never passes more layers of a batch than this: what is remembered of rounds (by the simulator, and by the
-# executor's cache of plans) does not say how many more are left.
-MOST_LAYERS = WAITING_LAYERS + WAITING_LAYERS // 2
+# A rest of one layer goes with them. What is remembered of rounds (by the simulator, and by the executor's cache of
+# plans) rests on a round never passing more layers of a batch than this.
+MOST_LAYERS = SOLO_LAYERS + 1
 
 
 def issue_alone(course: Course) -> None:
-    """The oldest flight by itself; captured, collectives and all, it is plain tensor parallelism.
-
-    While nobody else is there only a few layers at once, for whoever comes may interleave with the rest.
-    """
+    """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor
+    parallelism."""
     flight = course.flights[0]
-    vector, layers = flight.vector, SOLO_LAYERS if len(course.flights) == 1 else WAITING_LAYERS
-    goal = flight.cursor + layers * max(1, len(vector.layer))
-    if len(vector) - goal <= layers // 2 * len(vector.layer) + len(vector.epilogue):
+    vector = flight.vector
+    goal = flight.cursor + SOLO_LAYERS * max(1, len(vector.layer))
+    if len(vector) - goal <= len(vector.layer) + len(vector.epilogue):
         goal = len(vector)  # a short rest would be over before the host had issued what comes behind it
     if flight.issued:
         course.place_rest(0)
