@@ -19,6 +19,12 @@ WORTH_IT = 1.01
 # Regimes this close are equal: in throughput first, then in kindness to the oldest batch, then the first one named.
 TIE = 1.005
 
+# So many of each batch go through a rollout, as many at a time as may be in flight: with one of each, filling and
+# draining the lanes would count as much as the run between.
+ROLLOUT_TURNS = 2
+# A host that is the limit needs this much longer for a round than its prices add up to (simulated).
+HOST_MARGIN = 1.065
+
 SERIAL = Regime(overlap=False)
 
 
@@ -88,12 +94,13 @@ def _best(scored: list[Rollout]) -> int:
 
 
 def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, profile: Profile) -> Rollout:
-    """Run the first layers of these vectors in belief, under one regime.
+    """Run the first layers of these vectors in belief, under one regime, and of them again.
 
     A round takes as long as the device needs for it, or as long as the host needs to plan and issue the next one, if
     that is longer: the host is only a round ahead.
     """
-    state = State(tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors)))
+    queue = tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors * ROLLOUT_TURNS))
+    state, queue = State(queue[: options.depth]), queue[options.depth :]
     elapsed, oldest_us, last = 0.0, 0.0, 0.0
     while state.flights:
         course = Course(state, regime, options, profile)
@@ -101,13 +108,15 @@ def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, 
             fill_window(course)
         else:
             issue_alone(course)
-        host_us = profile.round_us + sum(map(profile.host_us, course.launches))
+        host_us = HOST_MARGIN * (profile.round_us + sum(map(profile.host_us, course.launches)))
         if state.flights[0].batch.batch_id == 0:
             oldest_us = elapsed + max(course.flights[0].ready_us, host_us)
         device_us = min(course.compute.end_us, course.comm.end_us)
         elapsed += max(device_us, host_us)
         last = max(0.0, max(course.compute.end_us, course.comm.end_us) - max(device_us, host_us))
         state = course.state(())
+        free = options.depth - len(state.flights)
+        state, queue = replace(state, flights=(*state.flights, *queue[:free])), queue[free:]
     return Rollout(elapsed + last, oldest_us)
 
 
