@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_world import SEED
-from models.config import MODELS, ModelConfig
-from models.kernel import FunctionVector
-from models.transformer import BatchShape, Layout, function_vector
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.gpu_world import arrivals, twins
+from models.config import MODELS
+from models.transformer import Layout, Vectors
 from policy.options import Options
 from policy.scheduler import Scheduler
 from sim.believe import profile_of
 from sim.simulate import Fidelity, Simulation
 from sim.spec import NodeSpec, load_node
-from traces.lengths import Uniform
 from traces.metrics import metrics
 from traces.request import Request
-from traces.synthetic import SyntheticSpec, synthetic_trace
 
 DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-21"
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
@@ -41,33 +41,13 @@ ARTIFACT = (
 ARTIFACT_BATCHES = 131
 
 
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """Function vectors of a model by batch shape."""
-
-    model: ModelConfig
-
-    def __call__(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
-        """One stage's."""
-        return (function_vector(self.model, shape, TP4, 0),)
-
-
-def served(node: NodeSpec, name: str, layers: int, policy: str, requests: list[Request], pad_to: int) -> dict[str, Any]:
+def served(
+    node: NodeSpec, name: str, layers: int, policy: str, requests: tuple[Request, ...], pad_to: int
+) -> dict[str, Any]:
     """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
     model = replace(MODELS[name], num_layers=layers, vocab_size=0)
-    scheduler = Scheduler(policy, Options(pad_to=pad_to), profile_of(node), Vectors(model))
-    return metrics(Simulation(node, TP4, scheduler, Fidelity()).run(requests))
-
-
-def pairs(count: int, rate: float, seed: int = SEED) -> list[Request]:
-    """Pairs of one length, as in the measurement: its arrivals, at exactly this rate."""
-    singles = synthetic_trace(SyntheticSpec(count, rate, 1.0, Uniform(16, 115)), seed).requests
-    scale = (count - 1) / rate * 1e6 / singles[-1].arrival_us if rate < float("inf") else 0.0
-    return [
-        replace(r, request_id=2 * r.request_id + twin, arrival_us=r.arrival_us * scale)
-        for r in singles
-        for twin in (0, 1)
-    ]
+    scheduler = Scheduler(policy, Options(pad_to=pad_to), profile_of(node), Vectors(model, TP4))
+    return metrics(Simulation(node, TP4, scheduler, Fidelity()).run(list(requests)))
 
 
 def measured() -> Iterator[dict[str, Any]]:
@@ -85,14 +65,14 @@ def main() -> None:
     print("| link, model × layers, policy | offered | batches/s | mean ms | P50 | P90 | P99 |")
     print("|---|---|---|---|---|---|---|")
     for row in measured():
-        requests = pairs(row["num_requests"] // 2, row["rate"])
+        requests = twins(arrivals(row["num_requests"] // 2, row["rate"]))
         found = served(nodes[row["mode"]], row["model"], row["num_layers"], row["policy"], requests, row["pad_to"])
         cells = [_beside(row[key], found[key], 2.0 if key == "request_throughput" else 1.0) for key in KEYS]
         name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
         print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
     print("\n| link, model × layers | artifact's tensor parallelism | artifact, repaired |\n|---|---|---|")
     for mode, model, layers, tensor, artifact in ARTIFACT:
-        requests = pairs(ARTIFACT_BATCHES, float("inf"))
+        requests = twins(arrivals(ARTIFACT_BATCHES, float("inf")))
         cells = []
         for policy, known in (("tensor", tensor), ("liger-artifact", artifact)):
             found = served(nodes[mode], model, layers, policy, requests, 1)["request_throughput"]

@@ -20,8 +20,6 @@ from policy.options import Options
 from policy.round import Lane
 from policy.scheduler import Scheduler
 
-__all__ = ["captured", "only", "two_batches"]
-
 # Every variant is timed in turn, several times over, so that a drift of the clock hits all alike.
 PASSES, PASS_US = 3, 150_000.0
 

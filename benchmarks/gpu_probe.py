@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_forward import captured, only
 from executor.about import describe
-from executor.cuda import elapsed_us, has_ended, hold, new_event, new_stream
+from executor.cuda import new_event, new_stream
 from executor.lanes import StreamKey
 from executor.operations import Collective
 from executor.session import Opened, Session
+from executor.survey_host import wake_up_us
+from executor.two_batches import captured, only
 from policy.round import Lane
 
 Body = Callable[[], None]
@@ -63,8 +64,8 @@ def _call_costs(opened: Opened) -> dict[str, float]:
     found = {"launch_us": _host_us(lambda: gemm(None)),
              "all_reduce_us": _host_us(lambda: device.parts.groups.call(reduce)),
              "record_and_wait_us": _host_us(hop), "graph_replay_us": _host_us(graph.replay, 5)}  # fmt: skip
-    found["sleeping_wake_up_us"] = _wake_up_us(spin=False)
-    found["spinning_wake_up_us"] = _wake_up_us(spin=True)
+    found["sleeping_wake_up_us"] = median(wake_up_us(spin=False) for _ in range(30))
+    found["spinning_wake_up_us"] = median(wake_up_us(spin=True) for _ in range(30))
     return found
 
 
@@ -77,25 +78,6 @@ def _host_us(call: Body, count: int = 100) -> float:
     elapsed = (time.perf_counter() - started) / count * 1e6
     torch.cuda.synchronize()
     return elapsed
-
-
-def _wake_up_us(*, spin: bool) -> float:
-    """How long after the end of a 500-microsecond kernel the host goes on, beyond what the kernel takes."""
-    times = []
-    for _ in range(30):
-        start, end = new_event(timing=True), new_event(timing=True)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        start.record()
-        hold(1_000_000)
-        end.record()
-        if spin:
-            while not has_ended(end):
-                pass
-        else:
-            end.synchronize()
-        times.append((time.perf_counter() - began) * 1e6 - elapsed_us(start, end))
-    return median(times)
 
 
 def _kernel(opened: Opened, name: str) -> Callable[[None], None]:

@@ -84,17 +84,25 @@ class Suite:
         return msgspec.structs.replace(base, **changes)
 
     def arrivals(self, count: int, rate: float, low: int = 16, high: int = 115) -> tuple[Request, ...]:
-        """Poisson arrivals at exactly this rate."""
-        count = min(count, 12) if self.dry_run else count
-        trace = synthetic_trace(SyntheticSpec(count, rate, 1.0, Uniform(low, high)), SEED)
-        span_us = trace.requests[-1].arrival_us
-        scale = (count - 1) / rate * 1e6 / span_us if span_us else 1.0
-        return tuple(replace(request, arrival_us=request.arrival_us * scale) for request in trace.requests)
+        """Poisson arrivals at exactly this rate; few of them in a dry run."""
+        return arrivals(min(count, 12) if self.dry_run else count, rate, low, high)
 
     def pairs(self, count: int, rate: float) -> tuple[Request, ...]:
-        """As the published artifact has them: each of its requests is a batch of two of one length. `rate`: pairs/s."""
-        singles = self.arrivals(count, rate)
-        return tuple(replace(r, request_id=2 * r.request_id + twin) for r in singles for twin in (0, 1))
+        """Pairs of one length; few of them in a dry run."""
+        return twins(self.arrivals(count, rate))
+
+
+def arrivals(count: int, rate: float, low: int = 16, high: int = 115) -> tuple[Request, ...]:
+    """Poisson arrivals at exactly this rate."""
+    trace = synthetic_trace(SyntheticSpec(count, rate, 1.0, Uniform(low, high)), SEED)
+    span_us = trace.requests[-1].arrival_us
+    scale = (count - 1) / rate * 1e6 / span_us if span_us else 1.0
+    return tuple(replace(request, arrival_us=request.arrival_us * scale) for request in trace.requests)
+
+
+def twins(singles: tuple[Request, ...]) -> tuple[Request, ...]:
+    """As the published artifact has them: each of its requests is a batch of two of one length. Rates are of pairs."""
+    return tuple(replace(r, request_id=2 * r.request_id + twin) for r in singles for twin in (0, 1))
 
 
 def _load(path: Path) -> dict[int, Any]:

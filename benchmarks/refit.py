@@ -23,11 +23,10 @@ SURVEYS = {"survey-nvlink": "h200-nvlink-x4", "survey-hoststaged": "h200-hoststa
 SUFFIX = "-fitted"
 
 
-def fitted(folder: Path, base: str, share: float = 1.0) -> Fit:
-    """The fit to the first `share` of a survey's rows, in the order in which they were measured."""
+def fitted(folder: Path, base: str) -> Fit:
+    """The fit to a survey."""
     conditions, rows, about = read_folders([folder], base + SUFFIX)
-    count = max(1, round(share * len(rows)))
-    return fit_node(rows[:count], on_machine(load_node(base), conditions[0]), about)
+    return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
 
 
 def main() -> None:

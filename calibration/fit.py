@@ -13,7 +13,7 @@ from calibration.collectives import DEFAULT_CTAS, TableFit, fit_tables
 from calibration.gemm import fit_gemms
 from calibration.holdout import is_held_out
 from calibration.host import fit_host
-from calibration.kernels import collective_of, ctas_of, kernel_of, with_cuts, withheld_of
+from calibration.kernels import collective_of, ctas_of, has_priority, kernel_of, with_cuts, withheld_of
 from calibration.memory import fit_attention, fit_elementwise
 from calibration.pairs import fit_pairs, is_simulated, race_row
 from calibration.solve import Estimate
@@ -160,7 +160,7 @@ def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Re
         elif row.what == "collective" and is_simulated(row, node):
             us = costs.solo_us(collective_of(row), 0, ctas_of(row)) + gap
             found.append(Residual(row.what, row, row.values["us"], us, held))
-        elif row.what == "pair" and is_simulated(row, node) and int(row.at.get("priority", 1)):
+        elif row.what == "pair" and is_simulated(row, node) and has_priority(row):
             outcome = race_row(costs, row)
             sides = {"compute": outcome.compute_slowdown, "comm": outcome.comm_slowdown}
             for side, value in sides.items():

@@ -11,6 +11,7 @@ import numpy as np
 
 from calibration.holdout import shape_identity
 from calibration.kernels import kernel_of, withheld_of
+from calibration.overlap import OVERLAP, inverse_of, order_estimate, order_of
 from calibration.solve import (
     Estimate,
     Floats,
@@ -41,8 +42,7 @@ FEWEST_WHOLE, MOST_FOR_SEARCH, SEARCH_SEED = 20, 400, 1
 KNOWN_US = 0.25  # a time per kernel that is known so well is known, even if it is nothing
 KNOWN_SHARE = 0.1
 # 1 / gemm_overlap_order: smooth where the order goes to infinity, which is perfect overlap and written as 0.
-OVERLAP = "inverse overlap order"
-LEAST_OVERLAP, MOST_OVERLAP = 0.02, 0.7
+MOST_OVERLAP = 0.7
 ROW_LOSS, COL_LOSS = "tile row loss", "tile column loss"
 Tiles = tuple[tuple[int, int, float], ...]
 
@@ -152,7 +152,7 @@ def _problem(
 
 def _common_parameters(base: DeviceSpec) -> tuple[Parameter, ...]:
     even = base.hbm_gb_s / base.num_sms
-    overlap = 1.0 / base.gemm_overlap_order if base.gemm_overlap_order else 0.0
+    overlap = inverse_of(base.gemm_overlap_order)
     one_sm, split, balance = base.sm_bandwidth_gb_s, base.split_us, base.gemm_balance
     return (
         Parameter("gemm_efficiency", base.gemm_efficiency, 0.05, 1.0, base.gemm_efficiency),
@@ -171,7 +171,6 @@ def _piece_parameters(base: DeviceSpec) -> tuple[Parameter, ...]:
 
 
 def _device(base: DeviceSpec, library: _Library, values: dict[str, float]) -> DeviceSpec:
-    overlap = values[OVERLAP]
     return msgspec.structs.replace(
         base,
         gemm_efficiency=values["gemm_efficiency"],
@@ -179,7 +178,7 @@ def _device(base: DeviceSpec, library: _Library, values: dict[str, float]) -> De
         cta_start_us=values["cta_start_us"],
         ramp_us=values["ramp_us"],
         sm_bandwidth_gb_s=values["sm_bandwidth_gb_s"],
-        gemm_overlap_order=1.0 / overlap if overlap >= LEAST_OVERLAP else 0.0,
+        gemm_overlap_order=order_of(values[OVERLAP]),
         gemm_balance=values["gemm_balance"],
         split_us=values["split_us"],
         gemm_tiles=library.tiles(values),
@@ -217,10 +216,7 @@ def _as_spec(estimates: dict[str, Estimate], device: DeviceSpec) -> dict[str, Es
     found, tiles = {}, []
     for name, estimate in estimates.items():
         if name == OVERLAP:
-            order = device.gemm_overlap_order
-            found["gemm_overlap_order"] = replace(
-                estimate, name="gemm_overlap_order", value=order, error=estimate.error * order**2
-            )
+            found["gemm_overlap_order"] = order_estimate("gemm_overlap_order", estimate, device.gemm_overlap_order)
         elif name.startswith(("share ", "tile ")):
             tiles.append(estimate)
         else:

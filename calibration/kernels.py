@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from models.kernel import Kernel, Kind, collective, elementwise, gemm
 
 if TYPE_CHECKING:
-    from traces.measurement import Measurement
-
-Coordinates = dict[str, int | float | str]
+    from traces.measurement import Coordinates, Measurement
 
 
 def kernel_of(measurement: Measurement) -> Kernel:
@@ -51,6 +49,11 @@ def with_cuts(rows: Sequence[Measurement]) -> list[Measurement]:
 def collective_of(measurement: Measurement) -> Kernel:
     """The communication kernel of a collective's point or of a pair."""
     return _collective(measurement.at)
+
+
+def has_priority(measurement: Measurement) -> bool:
+    """Whether a pair's communication ran on a stream of higher priority."""
+    return bool(int(measurement.at.get("priority", 1)))
 
 
 def withheld_of(measurement: Measurement) -> int:

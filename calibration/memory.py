@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import msgspec
@@ -11,6 +11,7 @@ import numpy as np
 
 from calibration.holdout import shape_identity
 from calibration.kernels import kernel_of, withheld_of
+from calibration.overlap import OVERLAP, inverse_of, order_estimate, order_of
 from calibration.solve import Estimate, Floats, Parameter, Problem, sigma_of, solve
 from calibration.vector import Others, others_us
 from sim.spec import DeviceSpec, OperationSpec
@@ -19,7 +20,6 @@ from traces.measurement import Measurement
 KNOWN_US, KNOWN_CTA_US, KNOWN_SHARE = 0.25, 0.1, 0.1
 EFFICIENCY, PER_CTA, ORDER = "attention_efficiency", "attention_cta_us", "attention_overlap_order"
 # 1 / order, which is smooth where the overlap becomes perfect (order 0).
-OVERLAP, LEAST_OVERLAP = "inverse overlap order", 0.02
 # A kernel may be many launches, or move every operand several times; beyond this something else is wrong.
 MOST_START_US, LEAST_TRAFFIC, MOST_TRAFFIC = 1e4, 0.05, 50.0
 
@@ -47,7 +47,7 @@ def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
     """What all attention kernels share, and start and traffic of every name."""
     names = sorted({str(row.at["name"]) for row in rows})
     value, per_cta = base.attention_efficiency, base.attention_cta_us
-    overlap = 1.0 / base.attention_overlap_order if base.attention_overlap_order else 0.0
+    overlap = inverse_of(base.attention_overlap_order)
     shared = (
         Parameter(EFFICIENCY, value, 1e-3, 1.0, value),
         Parameter(PER_CTA, per_cta or 0.5, 0.0, MOST_START_US, per_cta, KNOWN_CTA_US),
@@ -57,8 +57,7 @@ def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
     device, typical = _typical_start(fit.device, fit.estimates, names, "attention_start_us")
     estimates, inverse = fit.estimates | typical, fit.estimates[OVERLAP]
     del estimates[OVERLAP]
-    order = device.attention_overlap_order
-    estimates[ORDER] = replace(inverse, name=ORDER, value=order, error=inverse.error * order**2)
+    estimates[ORDER] = order_estimate(ORDER, inverse, device.attention_overlap_order)
     return OthersFit(device, estimates)
 
 
@@ -111,8 +110,7 @@ def _shared(base: DeviceSpec, values: dict[str, float]) -> DeviceSpec:
     """The device with what all attention kernels share; as it is if that is not among the values."""
     if EFFICIENCY not in values:
         return base
-    overlap = values[OVERLAP]
-    order = 1.0 / overlap if overlap >= LEAST_OVERLAP else 0.0
+    order = order_of(values[OVERLAP])
     return msgspec.structs.replace(
         base, attention_efficiency=values[EFFICIENCY], attention_cta_us=values[PER_CTA], attention_overlap_order=order
     )

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from calibration.holdout import is_held_out
+from calibration.kernels import withheld_of
 from calibration.race import Pair, race
 from models.config import MODELS, ModelConfig
 from models.kernel import Kernel, Kind, collective, gemm
@@ -121,7 +122,7 @@ class _Believer:
     def __init__(self, node: NodeSpec, rows: Sequence[Measurement]) -> None:
         self.costs, self.gap_us = Costs(node), node.device.graph_gap_us
         self._measured = {
-            (int(r.at["rows"]), int(r.at["cols"]), int(r.at["inner"]), int(r.at.get("withheld_sms", 0))): r.values["us"]
+            (int(r.at["rows"]), int(r.at["cols"]), int(r.at["inner"]), withheld_of(r)): r.values["us"]
             for r in rows if r.what == "gemm" and not is_held_out(r)
         }  # fmt: skip
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from calibration.holdout import shape_identity
-from calibration.kernels import collective_of, ctas_of, kernel_of, withheld_of
+from calibration.kernels import collective_of, ctas_of, has_priority, kernel_of, withheld_of
 from calibration.race import Outcome, Pair, race
 from calibration.solve import Estimate, Floats, Parameter, Problem, cost_of, sigma_of, solve
 from sim.cost import Costs
@@ -41,8 +41,7 @@ class PairFit:
 
 def pair_of(row: Measurement) -> Pair:
     """The pair that a row measured."""
-    priority = bool(int(row.at.get("priority", 1)))
-    return Pair(kernel_of(row), collective_of(row), withheld_of(row), ctas_of(row), priority)
+    return Pair(kernel_of(row), collective_of(row), withheld_of(row), ctas_of(row), has_priority(row))
 
 
 def is_simulated(row: Measurement, node: NodeSpec) -> bool:

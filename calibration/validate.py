@@ -103,13 +103,14 @@ def validate(node: NodeSpec, inputs: Inputs, today: date, told: Callable[[], obj
             f"recorded runs serve for timelines alone ({num_recorded} here); recording changes their times"
         )
     if beyond := sorted(found.kernels.out_of_range | found.serving.out_of_range):
-        found.notes.append(f"beyond what the node knows, so extrapolated: {_some(beyond)}")
+        found.notes.append(f"beyond what the node knows, so extrapolated: {some_of(beyond)}")
     if not found.points:
         raise ValueError("; ".join(["there is nothing to compare", *found.notes]))
     return found
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

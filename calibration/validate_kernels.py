@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from calibration.holdout import is_held_out
-from calibration.kernels import collective_of, ctas_of, kernel_of, withheld_of
+from calibration.kernels import ctas_of, has_priority, kernel_of, withheld_of
 from calibration.pairs import race_row
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_times
 from sim.cost import Costs
@@ -59,7 +59,7 @@ def compare_kernels(node: NodeSpec, rows: Iterable[Measurement], told: Callable[
         if row.what not in TARGETS:
             continue
         told()
-        kernel = kernel_of(row) if row.what != "collective" else collective_of(row)
+        kernel = kernel_of(row)
         if why := _no_table(node, row):
             found.leave_out(why)
             continue
@@ -88,7 +88,7 @@ def compare_pairs(node: NodeSpec, rows: Iterable[Measurement], told: Callable[[]
             if name in row.values:
                 predicted = getattr(outcome, name)
                 point = Point(PAIRS, label_of(row), row.values[name], predicted, row.spread.get(name))
-                if int(row.at.get("priority", 1)):
+                if has_priority(row):
                     found.add(side, f"of {row.at['kind']}", point)
                 else:
                     found.parts.setdefault(side, {}).setdefault("without priority", []).append(point)

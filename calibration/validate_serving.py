@@ -15,8 +15,7 @@ import msgspec
 from calibration.compare import NO_GPU
 from calibration.validate_errors import NO_TARGET, Line, Point, Target, line_of
 from models.config import ModelConfig
-from models.kernel import FunctionVector
-from models.transformer import BatchShape, Layout, function_vector
+from models.transformer import Layout, Vectors
 from policy.options import Options
 from policy.profile_table import profile_from
 from policy.scheduler import Admission, Scheduler
@@ -169,23 +168,12 @@ def without_recorded(runs: Sequence[Served]) -> tuple[list[Served], int]:
 # -- simulating -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Vectors:
-    """Function vectors of a run's model by batch shape."""
-
-    model: ModelConfig
-    layout: Layout
-
-    def __call__(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
-        return tuple(function_vector(self.model, shape, self.layout, stage) for stage in range(self.layout.pp))
-
-
 def simulation_of(node: NodeSpec, served: Served, fidelity: Fidelity = Fidelity()) -> Simulation:
     """The run's model, layout, policy, options and measured beliefs on a simulated node. Raises ValueError if the node
     cannot hold it."""
     run = served.run
     profile = profile_from(served.saved.profile) if served.saved.profile else profile_of(node)
-    scheduler = Scheduler(run.policy, run.options, profile, _Vectors(run.model, run.layout))
+    scheduler = Scheduler(run.policy, run.options, profile, Vectors(run.model, run.layout))
     return Simulation(node, run.layout, scheduler, fidelity)
 
 

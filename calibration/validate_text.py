@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.validate import Validation
+from calibration.validate import Validation, some_of
 from calibration.validate_errors import Line
 from calibration.validate_serving import METRICS, Group
 
@@ -72,7 +72,6 @@ def _short(value: float) -> str:
 def _notes(found: Validation) -> list[str]:
     notes, estimates = list(found.notes), found.node.estimates
     if estimates:
-        rest = len(estimates) - SHOWN_ESTIMATES
-        some = ", ".join(estimates[:SHOWN_ESTIMATES]) + (f" and {rest} more" if rest > 0 else "")
-        notes.append(f"{len(estimates)} numbers of node {found.node.name} are estimates, not measurements: {some}")
+        numbers = f"{len(estimates)} numbers of node {found.node.name}"
+        notes.append(f"{numbers} are estimates, not measurements: {some_of(estimates)}")
     return ["", *(f"note: {note}" for note in notes)] if notes else []

@@ -37,9 +37,7 @@ from executor.status import Status
 from executor.summary import summarize
 from executor.warm_up import capture_ranges, host_prices_us, rehearsed_us, warm_up
 from executor.weights import Weights, make_weights
-from models.config import ModelConfig
-from models.kernel import FunctionVector
-from models.transformer import BatchShape, Layout, function_vector
+from models.transformer import BatchShape, Layout, Vectors, function_vector
 from policy.batching import shape_of
 from policy.lanes import Regime
 from policy.options import Options
@@ -341,18 +339,6 @@ UNASKED = Profile("none", lambda kernel, withheld, ctas: 0.0, lambda compute, co
 def _is_output(rank: int, layout: Layout) -> bool:
     """The rank that copies results out: the first of the last stage."""
     return rank == layout.num_ranks - layout.tp
-
-
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """Function vectors of a model by batch shape; one object per shape."""
-
-    model: ModelConfig
-    layout: Layout
-
-    def __call__(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
-        """One vector per stage."""
-        return tuple(function_vector(self.model, shape, self.layout, stage) for stage in range(self.layout.pp))
 
 
 def shapes_of(requests: Sequence[Request], options: Options) -> tuple[BatchShape, ...]:

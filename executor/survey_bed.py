@@ -16,7 +16,7 @@ from executor.inputs import Loader, Outputs
 from executor.lanes import Clock
 from executor.measure import Choices, measure
 from executor.operations import Collective
-from executor.session import DTYPES, UNASKED, Opened, Session, Vectors
+from executor.session import DTYPES, UNASKED, Opened, Session
 from executor.settings import RunSettings
 from executor.slots import Slot
 from executor.survey_bench import Bench, Body, Row
@@ -24,7 +24,7 @@ from executor.survey_points import SEQUENCE, Grid, Point, Shapes
 from executor.warm_up import run_through
 from executor.weights import make_weights
 from models.kernel import Fragment, Kernel
-from models.transformer import BatchShape, function_vector
+from models.transformer import BatchShape, Vectors, function_vector
 from policy.options import Options
 from policy.profile import Profile
 from policy.profile_table import profile_from

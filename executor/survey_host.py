@@ -112,7 +112,7 @@ class Host:
         """How long after the end of some work the host goes on."""
         name = "synchronize_spinning" if spin else "synchronize"
         if isinstance(self.bench, CudaBench):
-            return {name: [_wake_up_us(spin=spin) for _ in range(WAKE_UPS)]}
+            return {name: [wake_up_us(spin=spin) for _ in range(WAKE_UPS)]}
         lanes, key, ends = self.bed.backing.lanes, StreamKey(Lane.COMPUTE), list[int]()
         times = []
         for _ in range(WAKE_UPS):
@@ -203,7 +203,7 @@ def _solo_us(kernel: Kernel, withheld_sms: int, ctas: int) -> float:
     return 10.0 + kernel.message_bytes / GUESS_COMM_BYTES_PER_US
 
 
-def _wake_up_us(*, spin: bool) -> float:
+def wake_up_us(*, spin: bool) -> float:
     """Beyond what the device says that the work took."""
     start, end = new_event(timing=True), new_event(timing=True)
     torch.cuda.synchronize()

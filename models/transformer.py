@@ -158,6 +158,18 @@ def function_vector(config: ModelConfig, shape: BatchShape, layout: Layout, stag
     return FunctionVector(tuple(prologue), layer_kernels(config, shape, layout.tp), len(layers), tuple(epilogue))
 
 
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Function vectors of a model by batch shape, one per stage; the same objects for the same shape."""
+
+    config: ModelConfig
+    layout: Layout
+
+    def __call__(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
+        """What the ranks of every stage run."""
+        return tuple(function_vector(self.config, shape, self.layout, stage) for stage in range(self.layout.pp))
+
+
 def _embedding(config: ModelConfig, shape: BatchShape, layout: Layout) -> list[Kernel]:
     if not config.vocab_size:
         return []

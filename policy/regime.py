@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from models.kernel import FunctionVector
 from models.transformer import BatchShape
@@ -56,9 +56,12 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
     if len(vectors) < 2:
         return SERIAL
 
+    @cache
+    def rolled(regime: Regime) -> Rollout:  # the best so far competes at every coordinate
+        return roll(vectors, regime, options, profile)
+
     def best_of(candidates: list[Regime]) -> Regime:
-        scored = [roll(vectors, regime, options, profile) for regime in candidates]
-        return candidates[_best(scored)]
+        return candidates[_best([rolled(regime) for regime in candidates])]
 
     ctas = profile.ctas if options.comm_ctas < 0 else (options.comm_ctas,)
     best = Regime(overrun=1.0, split=options.decomposition != "off")
@@ -70,8 +73,7 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
         best = best_of([replace(best, chunks=chunks) for chunks in (1, 2, 4)])
     if not options.adaptive:
         return best
-    serial, overlapped = (roll(vectors, r, options, profile).total_us for r in (SERIAL, best))
-    return SERIAL if serial <= overlapped * WORTH_IT else best
+    return SERIAL if rolled(SERIAL).total_us <= rolled(best).total_us * WORTH_IT else best
 
 
 def _partitions(ctas: int, options: Options, profile: Profile) -> list[int]:

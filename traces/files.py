@@ -53,11 +53,15 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, [cell.strip() for cell in row]
 
 
+def shown(text: str) -> str:
+    """What a file says, quoted for a message, and cut where it is long."""
+    return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
 def whole_number(text: str) -> int:
     """A count written in plain digits, at most nine of them: no sign, no fraction, no underscore."""
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        shown = text if len(text) <= 40 else text[:37] + "..."
-        raise ValueError(f"{shown!r} is not a whole number of tokens (0 to 999999999)")
+        raise ValueError(f"{shown(text)} is not a whole number of tokens (0 to 999999999)")
     return int(text)
 
 

@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 
 from traces.arrivals import US_PER_S
-from traces.files import csv_rows, text_lines, whole_number
+from traces.files import csv_rows, shown, text_lines, whole_number
 from traces.trace import Trace, make_trace
 from traces.transform import spread_buckets
 
@@ -150,14 +150,10 @@ def _detect(path: Path, number: int, first: str) -> str:
         if _columns(form, header) is not None:
             return name
     raise ValueError(
-        f"{path}:{number}: cannot tell the format from the first line ({_shown(first)}); "
+        f"{path}:{number}: cannot tell the format from the first line ({shown(first)}); "
         "expected azure (TIMESTAMP,ContextTokens,GeneratedTokens), burstgpt (Timestamp,...,Request tokens,"
         "Response tokens), mooncake (JSON lines) or csv (arrival_s,num_prompt_tokens,num_output_tokens)"
     )
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
 def _header(cells: list[str]) -> list[str]:
@@ -205,7 +201,7 @@ def _require_columns(path: Path, number: int, name: str, header: list[str]) -> t
     if found is None:
         wanted = [form.arrival, form.prompt] + ([form.output] if form.needs_output else [])
         expected = ", ".join("|".join(names) for names in wanted)
-        raise ValueError(f"{path}:{number}: {name} needs the columns {expected}; found {_shown(', '.join(header))}")
+        raise ValueError(f"{path}:{number}: {name} needs the columns {expected}; found {shown(', '.join(header))}")
     return found
 
 
@@ -228,11 +224,11 @@ def _mooncake_row(record: object) -> tuple[float, int, int]:
         raise ValueError(f"{', '.join(missing)} is missing; each line needs timestamp, input_length, output_length")
     time = record["timestamp"]
     if isinstance(time, bool) or not isinstance(time, int | float) or not abs(time) < 1e3 * LONGEST_S:
-        raise ValueError(f"timestamp {_shown(str(time))} is not a number of milliseconds")
+        raise ValueError(f"timestamp {shown(str(time))} is not a number of milliseconds")
     if time < 0:
         raise ValueError(f"timestamp {time} is negative; times count up from 0")
     lengths = [record["input_length"], record["output_length"]]
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < 1_000_000_000:
-            raise ValueError(f"{_shown(str(length))} is not a whole number of tokens (0 to 999999999)")
+            raise ValueError(f"{shown(str(length))} is not a whole number of tokens (0 to 999999999)")
     return float(time), lengths[0], lengths[1]

@@ -21,6 +21,7 @@ from weft import (
     trace_command,
     validate_command,
 )
+from weft.outputs import version_of_weft
 
 MISTAKE = 2
 INTERRUPTED = 130
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if "run" not in args:
         if args.version:
-            print(f"weft {_version()}")
+            print(f"weft {version_of_weft()}")
             return 0
         make_parser().error("no command is given")
     try:
@@ -92,15 +93,6 @@ def _in_words(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error) or type(error).__name__
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("weft")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

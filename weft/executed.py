@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from executor.launch import WorldError, launch
 from executor.results import Output, read_output
-from executor.settings import RunSettings, Settings, decode, encode
+from executor.settings import Backend, RunSettings, Settings, decode, encode
 from models.config import ModelConfig, load_model
 from models.transformer import Layout, weight_bytes
 from policy.profile_table import profile_from
@@ -42,6 +42,8 @@ from weft.runs import (
 GPU_PARTITIONS = (0, 8, 16, 24, 32)
 GPU_CTAS = (0, 8)
 HIGHEST_PORT = 65_535
+# Without GPUs as many processes as there must be for anything to be shared.
+GLOO_RANKS = 2
 # These tell communication from computation, which a graph that holds both hides.
 SPLIT_KEYS = ("comm_share", "overlap_fraction", "compute_utilization", "link_utilization")
 
@@ -51,7 +53,7 @@ class World:
     """Where a run takes place. `num_layers` 0: all of the model's. Delays are the most of uniform random pauses, in
     microseconds. `dtype` "": float16 on GPUs, float32 on a CPU."""
 
-    backend: Literal["nccl", "gloo"] = "gloo"
+    backend: Backend = "gloo"
     num_ranks: int = 2
     dtype: str = ""
     checkpoint: str = ""
@@ -69,6 +71,15 @@ def count_gpus() -> int:
     if visible is not None:
         return len([word for word in visible.split(",") if word.strip()])
     return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def backend_and_ranks(backend: Backend | None, ranks: int | None) -> tuple[Backend, int]:
+    """What was asked for, or else what this machine has: NCCL on all GPUs, or gloo on two processes."""
+    gpus = count_gpus()
+    chosen: Backend = backend or ("nccl" if gpus else "gloo")
+    if ranks is not None:
+        return chosen, ranks
+    return chosen, (gpus or 1) if chosen == "nccl" else GLOO_RANKS
 
 
 def model_of(config: RunConfig, world: World) -> ModelConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.flags import path_of
+from weft.outputs import version_of_weft
 
 if TYPE_CHECKING:
     from calibration.importers.folder import Imported
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--date {args.date!r} is not a date such as 2026-01-31")
     stated = Stated(
         gpu=args.gpu, num_gpus=args.num_gpus, num_sms=args.num_sms, link_mode=args.link_mode, licence=args.licence,
-        date=args.date, weft=_version(),
+        date=args.date, weft=version_of_weft(),
     )  # fmt: skip
     request = Request(source=args.source, op=args.op, priority=args.priority)
     imported = import_files(args.format, args.files, request, stated)
@@ -82,12 +83,3 @@ def summary(imported: Imported, out: Path) -> list[str]:
     if about.environment.get("licence") == "not stated":
         missing.append("--licence")
     return [*lines, f"not stated by the files: {', '.join(missing)}"] if missing else lines
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("weft")
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from weft.flags import path_of
+from weft.outputs import version_of_weft
 
 if TYPE_CHECKING:
     from executor.settings import Settings
@@ -24,7 +25,6 @@ DEFAULT_MODELS = {"nccl": "opt-30b,glm-130b,llama-3-70b,opt-66b", "gloo": "tiny-
 # More layers than a cache holds the weights of, and few enough to load at once.
 DEFAULT_LAYERS = {"nccl": 6, "gloo": 2}
 DEFAULT_BUDGET_S, DEFAULT_TIMEOUT_S = 600.0, 60.0
-GLOO_RANKS = 2
 STAGING = "NCCL_P2P_DISABLE"
 KINDS = ("gemm", "attention", "elementwise", "collective", "pair", "two_batches", "host")
 
@@ -85,11 +85,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
     from models.transformer import Layout
     from policy.options import Options
     from traces.request import Request
-    from weft.executed import count_gpus
+    from weft.executed import backend_and_ranks
 
-    gpus = count_gpus()
-    backend: Literal["nccl", "gloo"] = args.backend or ("nccl" if gpus else "gloo")
-    ranks = args.ranks if args.ranks is not None else (gpus or 1) if backend == "nccl" else GLOO_RANKS
+    backend, ranks = backend_and_ranks(args.backend, args.ranks)
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} is not possible; give 1 or more")
     dtype: Any = args.dtype or ("float16" if backend == "nccl" else "float32")
@@ -138,17 +136,8 @@ def _link_mode(link_mode: str, backend: str) -> Iterator[None]:
 def _program(budget_s: float) -> tuple[str, ...]:
     import msgspec
 
-    orders = msgspec.json.encode({"budget_s": budget_s, "weft": _version()}).decode()
+    orders = msgspec.json.encode({"budget_s": budget_s, "weft": version_of_weft(missing="")}).decode()
     return (sys.executable, "-m", "executor.survey", orders)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("weft")
-    except PackageNotFoundError:
-        return ""
 
 
 def _count(folder: Path) -> int:

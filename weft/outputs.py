@@ -86,6 +86,16 @@ def check_writable(path: Path, *, may_make_folder: bool = False) -> None:
         raise ValueError(f"{path}: the folder {folder} cannot be written to")
 
 
+def version_of_weft(missing: str = "(not installed)") -> str:
+    """The version that is installed; `missing` where only the code is there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("weft")
+    except PackageNotFoundError:
+        return missing
+
+
 def given_name(name: str | None) -> str:
     """The name that --result-filename gives, "" where there is none."""
     if name == "":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from traces.files import write_whole
 from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from weft.runs import Run, RunConfig
 
 DEFAULT_MODELS = {"gloo": "tiny-opt", "nccl": "llama-3-8b"}
-GLOO_RANKS = 2
 WIDTH, LABEL = 58, 46
 
 
@@ -79,11 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _world(args: argparse.Namespace) -> World:
-    from weft.executed import World, count_gpus
+    from weft.executed import World, backend_and_ranks
 
-    gpus = count_gpus()
-    backend: Literal["nccl", "gloo"] = args.backend or ("nccl" if gpus else "gloo")
-    ranks = args.ranks if args.ranks is not None else (gpus or 1) if backend == "nccl" else GLOO_RANKS
+    backend, ranks = backend_and_ranks(args.backend, args.ranks)
     return World(
         backend, ranks, args.dtype, str(args.checkpoint or ""), args.layers, args.host_delay_us, args.device_delay_us,
         args.timeout_s, args.bind_address, args.port,

@@ -13,7 +13,7 @@ import msgspec
 
 from models.config import ModelConfig, load_model
 from models.kernel import Kind
-from models.transformer import BatchShape, Layout, function_vector, weight_bytes
+from models.transformer import BatchShape, Layout, Vectors, function_vector, weight_bytes
 from policy.options import OPTION_NAMES, Options
 from policy.profile import Profile
 from policy.scheduler import POLICIES, Scheduler
@@ -146,21 +146,10 @@ def _rate_of(trace: Trace) -> float:
     return (len(trace.requests) - 1) / span_s if span_s > 0.0 else float("inf")
 
 
-@dataclass(slots=True)
-class _Vectors:
-    """Function vectors of a model by batch shape; one object per shape."""
-
-    config: ModelConfig
-    layout: Layout
-
-    def __call__(self, shape: BatchShape) -> tuple[Any, ...]:
-        return tuple(function_vector(self.config, shape, self.layout, stage) for stage in range(self.layout.pp))
-
-
 def make_scheduler(config: RunConfig, model: ModelConfig, layout: Layout, profile: Profile) -> Scheduler:
     """The policy object of a run, the same for simulator and executor."""
     options = options_for(config.policy, layout, config.options)
-    return Scheduler(config.policy, options, profile, _Vectors(model, layout))
+    return Scheduler(config.policy, options, profile, Vectors(model, layout))
 
 
 def simulate(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from calibration.validate_serving import Served
     from sim.spec import NodeSpec
     from traces.timeline import Span
+    from weft.executed import World
+    from weft.runs import RunConfig
 
 LIVE_POLICIES = ("tensor", "interleaved")
 LIVE_RATES = (20.0, math.inf)
@@ -151,12 +153,16 @@ def _folder(out: Path | None) -> Iterator[Path]:
 def _live(args: argparse.Namespace, folder: Path) -> tuple[list[Served], list[tuple[Served, list[Span]]]]:
     """Every policy at every rate, repeated; then one run recorded for its timeline."""
     from calibration.validate_serving import read_runs
+    from weft.executed import World, backend_and_ranks
     from weft.progress import bar
+    from weft.run_command import DEFAULT_MODELS
     from weft.runs import RunConfig
 
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats} is not possible; give 1 or more")
-    common: dict[str, Any] = {"num_prompts": args.num_prompts, "input_len": args.input_len, "model": _live_model(args)}
+    backend, ranks = backend_and_ranks(args.backend, args.ranks)
+    world, model = World(backend, ranks, num_layers=args.layers), args.model or DEFAULT_MODELS[backend]
+    common: dict[str, Any] = {"num_prompts": args.num_prompts, "input_len": args.input_len, "model": model}
     configs = [
         RunConfig(policy=policy, request_rate=rate, **common)
         for policy in args.policy
@@ -167,36 +173,21 @@ def _live(args: argparse.Namespace, folder: Path) -> tuple[list[Served], list[tu
     path.unlink(missing_ok=True)
     with bar(len(configs) + 1, "runs", disable=args.disable_tqdm) as progress:
         for config in configs:
-            _execute(args, config, path)
+            _execute(config, world, path)
             progress.update(1)
         last = RunConfig(policy=args.policy[-1], request_rate=args.request_rate[0], **common)
-        spans = _execute(args, last, path, record=True)
+        spans = _execute(last, world, path, record=True)
     runs = read_runs([path])
     return runs, [(runs[-1], [span for span in spans if span.rank == 0])]
 
 
-def _live_model(args: argparse.Namespace) -> str:
-    from weft.run_command import DEFAULT_MODELS
-
-    return str(args.model or DEFAULT_MODELS[_backend(args)])
-
-
-def _backend(args: argparse.Namespace) -> Any:
-    from weft.executed import count_gpus
-
-    return args.backend or ("nccl" if count_gpus() else "gloo")
-
-
-def _execute(args: argparse.Namespace, config: Any, path: Path, *, record: bool = False) -> list[Span]:
+def _execute(config: RunConfig, world: World, path: Path, *, record: bool = False) -> list[Span]:
     """One real run, its result added to the file; returns its spans."""
-    from weft.executed import World, count_gpus, execute
+    from weft.executed import execute
     from weft.outputs import save
     from weft.report import encode
-    from weft.run_command import GLOO_RANKS
     from weft.simulate_command import detailed
 
-    backend = _backend(args)
-    ranks = args.ranks if args.ranks is not None else (count_gpus() or 1) if backend == "nccl" else GLOO_RANKS
-    finished, more = execute(config, World(backend, ranks, num_layers=args.layers), record=record)
+    finished, more = execute(config, world, record=record)
     save(path, encode(detailed(finished.timeline) | more | finished.result), append=True)
     return finished.timeline.spans
