@@ -7,13 +7,12 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import torch
-
 from executor.about import describe
 from executor.cuda import new_event, new_stream
 from executor.lanes import StreamKey
 from executor.operations import Collective
 from executor.session import Opened, Session
+from executor.survey_cuda import host_us
 from executor.survey_host import wake_up_us
 from executor.two_batches import captured, only
 from policy.round import Lane
@@ -61,23 +60,13 @@ def _call_costs(opened: Opened) -> dict[str, float]:
         side.wait_event(event)
 
     graph = captured(only(opened, comm=False), opened, StreamKey(Lane.COMPUTE))
-    found = {"launch_us": _host_us(lambda: gemm(None)),
-             "all_reduce_us": _host_us(lambda: device.parts.groups.call(reduce)),
-             "record_and_wait_us": _host_us(hop), "graph_replay_us": _host_us(graph.replay, 5)}  # fmt: skip
+    calls: dict[str, Body] = {"launch_us": lambda: gemm(None), "record_and_wait_us": hop,
+                              "all_reduce_us": lambda: device.parts.groups.call(reduce)}  # fmt: skip
+    found = {name: median(host_us(call)) for name, call in calls.items()}
+    found["graph_replay_us"] = median(host_us(graph.replay, count=5))
     found["sleeping_wake_up_us"] = median(wake_up_us(spin=False) for _ in range(30))
     found["spinning_wake_up_us"] = median(wake_up_us(spin=True) for _ in range(30))
     return found
-
-
-def _host_us(call: Body, count: int = 100) -> float:
-    call()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(count):
-        call()
-    elapsed = (time.perf_counter() - started) / count * 1e6
-    torch.cuda.synchronize()
-    return elapsed
 
 
 def _kernel(opened: Opened, name: str) -> Callable[[None], None]:

@@ -68,7 +68,6 @@ class InFlight:
     entered_us: float
     slot: Slot
     vector: FunctionVector
-    operations: list[Operation]
     ready: dict[tuple[object, ...], Ready]
     prepare: Body
     points: list[tuple[int, float]] = field(default_factory=list)
@@ -122,7 +121,6 @@ class Device:
             entered_us,
             slot,
             batch.vectors[self.stage],
-            self.bound(batch.slot, batch.shape),
             self._ready.setdefault((batch.slot, batch.shape), {}),
             lambda: prepare(slot),
         )
@@ -214,7 +212,7 @@ class Device:
         round_id: int,
     ) -> Ticket:
         first, last = span
-        where = (first, last, launch.lane, launch.withheld_sms, launch.max_ctas, launch.fragment)
+        where = (first, last, launch.lane, launch.withheld_sms, launch.max_ctas, launch.fragment, launch.captured)
         ready = flight.ready.get(where)
         if ready is None or self._capturing:
             ready = self._make_ready(flight.batch, launch, first, last)

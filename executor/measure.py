@@ -68,7 +68,7 @@ class _Bench:
         self.partitions = choices.partitions
         self.ctas = choices.ctas
         by_rows = {shape.rows: shape for shape in sorted(choices.shapes, key=lambda s: (s.rows, s.num_sequences))}
-        self.shapes = _thinned([by_rows[rows] for rows in sorted(by_rows)], MAX_SHAPES)
+        self.shapes = thinned([by_rows[rows] for rows in sorted(by_rows)], MAX_SHAPES)
         weights = device.parts.weights
         self.vectors = [function_vector(weights.config, s, weights.layout, device.stage) for s in self.shapes]
         # A batch's last rows may lie outside a smaller shape.
@@ -210,7 +210,7 @@ def _cut(operation: Callable[[Fragment | None], None], part: Fragment) -> Body:
     return lambda: operation(part)
 
 
-def _thinned(shapes: list[BatchShape], most: int) -> list[BatchShape]:
+def thinned(shapes: list[BatchShape], most: int) -> list[BatchShape]:
     """At most so many, the first and the last among them, evenly spaced."""
     if len(shapes) <= most:
         return shapes

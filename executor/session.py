@@ -282,8 +282,7 @@ class Session:
     ) -> dict[str, Any]:
         """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
         everything. Those that beliefs want most are rehearsed, and the fastest stays."""
-        choices = _wanted(run, table, shapes)
-        if len(choices) < 2 or device.parts.graphs is None:
+        if device.parts.graphs is None or len(choices := _wanted(run, table, shapes)) < 2:
             return table
         middle, times = shapes[len(shapes) // 2], []
         for withheld, ctas in choices:

@@ -14,14 +14,14 @@ from executor.device import Device, Graphs, Parts
 from executor.groups import Groups
 from executor.inputs import Loader, Outputs
 from executor.lanes import Clock
-from executor.measure import Choices, measure
+from executor.measure import Choices, measure, thinned
 from executor.operations import Collective
 from executor.session import DTYPES, UNASKED, Opened, Session
 from executor.settings import RunSettings
 from executor.slots import Slot
 from executor.survey_bench import Bench, Body, Row
 from executor.survey_points import SEQUENCE, Grid, Point, Shapes
-from executor.warm_up import run_through
+from executor.warm_up import made_up_requests, run_through
 from executor.weights import make_weights
 from models.kernel import Fragment, Kernel
 from models.transformer import BatchShape, Vectors, function_vector
@@ -31,7 +31,6 @@ from policy.profile_table import profile_from
 from policy.scheduler import Scheduler
 from traces.files import write_whole
 from traces.measurement import Coordinates
-from traces.request import Request
 
 # Rates for a first guess of how long a kernel takes, from which follows how often it is called.
 GUESS_FLOPS_PER_US, GUESS_BYTES_PER_US, GUESS_LEAST_US = 4e8, 2.5e6, 4.0
@@ -123,15 +122,14 @@ class Bed:
 
     def two(self, rows: int, folder: Path | None) -> Opened:
         """The model for batches of so many rows, with the policy's beliefs about it. Every rank must call it."""
-        length = min(rows, SEQUENCE)
-        requests = tuple(Request(number, 0.0, length) for number in range(rows // length))
+        shape = batch_of(rows)
+        requests = made_up_requests(shape)
         run = msgspec.structs.replace(
             self.run, policy="interleaved", requests=requests,
             options=Options(batch_size=len(requests), pad_to=16, depth=NUM_SLOTS),
             partitions=tuple(sorted(self.grid.partitions)) or (0,), ctas=self.grid.batch_ctas or (0,),
         )  # fmt: skip
         profile, table = self.beliefs(folder) if self.grid.partitions else (UNASKED, None)
-        shape = BatchShape(len(requests), length)
         return Opened(run, self.device, self.backing, profile, table, None, (shape,))
 
     def beliefs(self, folder: Path | None) -> tuple[Profile, dict[str, Any]]:
@@ -144,7 +142,7 @@ class Bed:
             kept = mail.share("beliefs", kept, dict)
             if not kept:
                 partitions = tuple(sorted(self.grid.partitions))
-                choices = Choices(_some(self.grid.batch_rows), partitions, self.grid.batch_ctas)
+                choices = Choices(_believed(self.grid.batch_rows), partitions, self.grid.batch_ctas)
                 name = f"measured on {self.session.place.backend}"
                 kept = measure(self.device, choices, self.backing.stopwatch, mail, name)
                 if path is not None:
@@ -162,12 +160,15 @@ def _graphs(device_type: str) -> Graphs | None:
     return GraphCache()
 
 
-def _some(rows: tuple[int, ...]) -> tuple[BatchShape, ...]:
+def batch_of(rows: int) -> BatchShape:
+    """Sequences of the survey's length that make so many rows; one shorter sequence for fewer."""
+    length = min(rows, SEQUENCE)
+    return BatchShape(rows // length, length)
+
+
+def _believed(rows: tuple[int, ...]) -> tuple[BatchShape, ...]:
     """A few batches, evenly spaced from the smallest to the largest."""
-    order = sorted(rows)
-    steps = sorted({round(number * (len(order) - 1) / (BELIEFS - 1)) for number in range(BELIEFS)})
-    lengths = [(order[step], min(order[step], SEQUENCE)) for step in steps]
-    return tuple(BatchShape(count // length, length) for count, length in lengths)
+    return tuple(thinned([batch_of(count) for count in sorted(rows)], BELIEFS))
 
 
 def guess_us(kernel: Kernel) -> float:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 Body = Callable[[], None]
+REPETITIONS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +55,18 @@ class Bench(Protocol):
 class CpuBench:
     """Calls are made in this thread and timed one by one: a call's own cost is in the time."""
 
-    def __init__(self, repetitions: int = 5) -> None:
-        self.repetitions = repetitions
+    def __init__(self) -> None:
         self.refused: dict[int, str] = {}
 
     def compute(self, withheld_sms: int, calls: Sequence[Body], estimate_us: float) -> Sample:
         """Each of the first few calls."""
         calls[0]()
-        return sample_of([timed_us(calls[number % len(calls)]) for number in range(self.repetitions)])
+        return sample_of([timed_us(calls[number % len(calls)]) for number in range(REPETITIONS)])
 
     def comm(self, call: Body, count: int) -> Sample:
         """The first call brings the ranks together and is not counted."""
         call()
-        return sample_of([timed_us(call) for _ in range(self.repetitions)])
+        return sample_of([timed_us(call) for _ in range(REPETITIONS)])
 
 
 def timed_us(call: Callable[[], object]) -> float:

@@ -23,13 +23,12 @@ from executor.survey_bed import Bed, guess_us
 from executor.survey_bench import Bench, Body, Row, sample_of, timed_us
 from executor.survey_cuda import CudaBench, host_us
 from executor.survey_points import Point
-from executor.warm_up import Preparation
+from executor.warm_up import Preparation, let_go, made_up_requests
 from models.kernel import Kernel, Kind
 from models.transformer import BatchShape
 from policy.profile import Contention, Profile
 from policy.round import Lane, Launch, Mark
 from policy.scheduler import POLICIES, Scheduler
-from traces.request import Request
 
 # Kernels small enough for the device to keep up with the host.
 SHAPE = BatchShape(2, 16)
@@ -141,8 +140,7 @@ class Host:
         cache = PlanCache(POLICIES["interleaved"])
         profile = Profile("guesses", _solo_us, lambda compute, comm, withheld, ctas: Contention(1.1, 1.1, 0.0))
         options = replace(self.bed.run.options, batch_size=SHAPE.num_sequences, adaptive=False)
-        requests = tuple(Request(number, 0.0, SHAPE.padded_len) for number in range(SHAPE.num_sequences))
-        times: list[float] = []
+        requests, times = made_up_requests(SHAPE), list[float]()
         for number in range(1 + PASSES):
             scheduler = Scheduler("interleaved", options, profile, self.bed.vectors)
             scheduler.plan = cache
@@ -173,8 +171,7 @@ class Host:
         """One batch, kernel by kernel, or run by run where the runs of compute kernels are graphs."""
         device, options = self.bed.device, replace(self.bed.run.options, batch_size=SHAPE.num_sequences)
         scheduler = Scheduler("tensor", options, UNASKED, self.bed.vectors)
-        requests = tuple(Request(number, 0.0, SHAPE.padded_len) for number in range(SHAPE.num_sequences))
-        batch = scheduler.enter((requests,), 0.0)[0]
+        batch = scheduler.enter((made_up_requests(SHAPE),), 0.0)[0]
         device.enter(batch, 0.0, Preparation(device, batch))
         vector, first, times = batch.vectors[0], 0, list[tuple[str, float]]()
         device.parts.lanes.drain()
@@ -188,10 +185,7 @@ class Host:
             if comm or captured == graph:
                 times.append(("issue_collective" if comm else "issue_graph" if graph else "issue", us))
             first = last
-        device.parts.lanes.drain()
-        for flight in device.take_finished():
-            for piece in flight.pieces:
-                device.parts.lanes.release(piece.ticket)
+        let_go(device)
         return times
 
 

@@ -44,7 +44,7 @@ def candidates(known: Iterable[Point], rows: Mapping[str, Measurement], shapes_o
     """New points in all intervals of the curves to which the known points belong, the least certain first."""
     by_key: dict[str, Candidate] = {}
     for axis, template, curve in _curves(known, rows):
-        for low, high, uncertainty in _intervals(axis, curve):
+        for low, high, uncertainty in _intervals(curve):
             middle = midpoint(axis, low, high, template)
             if middle is None or uncertainty < ENOUGH:
                 continue
@@ -86,7 +86,7 @@ def _curve_key(what: str, at: Mapping[str, int | float | str], axis: str) -> str
     return point_key(what, rest)
 
 
-def _intervals(axis: str, curve: Curve) -> list[tuple[int, int, float]]:
+def _intervals(curve: Curve) -> list[tuple[int, int, float]]:
     """Neighbours on the curve and how uncertain it is between them."""
     sizes = sorted(curve)
     doubt = {size: _spread(curve[size]) for size in sizes}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from executor.lanes import StreamKey
-from executor.operations import Collective
+from executor.operations import Collective, Operation
 from executor.session import Opened
 from policy.options import Options
 from policy.round import Lane, Launch
@@ -20,31 +20,23 @@ Body = Callable[[], None]
 def only(opened: Opened, *, comm: bool) -> Body:
     """The collectives of one forward pass, or everything else."""
     operations = opened.device.bound(0, opened.shapes[-1])
-    groups = opened.device.parts.groups
-
-    def body() -> None:
-        for operation in operations:
-            if isinstance(operation, Collective) != comm:
-                continue
-            if isinstance(operation, Collective):
-                groups.call(operation)
-            else:
-                operation(None)
-
-    return body
+    return _in_order(opened, [op for op in operations if isinstance(op, Collective) == comm])
 
 
 def serially(opened: Opened) -> Body:
     """Both batches, one after the other on one stream: plain tensor parallelism."""
-    groups, shape = opened.device.parts.groups, opened.shapes[-1]
+    return _in_order(opened, [op for slot in (0, 1) for op in opened.device.bound(slot, opened.shapes[-1])])
+
+
+def _in_order(opened: Opened, operations: Sequence[Operation]) -> Body:
+    groups = opened.device.parts.groups
 
     def body() -> None:
-        for slot in (0, 1):
-            for operation in opened.device.bound(slot, shape):
-                if isinstance(operation, Collective):
-                    groups.call(operation)
-                else:
-                    operation(None)
+        for operation in operations:
+            if isinstance(operation, Collective):
+                groups.call(operation)
+            else:
+                operation(None)
 
     return body
 

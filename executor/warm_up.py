@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from statistics import median
 
 from executor.device import COMM_KEY, Device
 from executor.inputs import tokens_of
 from executor.lanes import StreamKey
-from executor.operations import Collective
+from executor.operations import Collective, Operation
 from executor.results import HostTime
 from executor.slots import Slot
 from models.kernel import FunctionVector, Kind
@@ -64,19 +64,22 @@ def capture_ranges(
 ) -> None:
     """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments
     and units on the compute lane, units on the fill lane, all-reduces. Equal on all ranks: collectives are inside."""
-    if device.parts.graphs is None:
-        return
     for number, shape in product(range(len(device.parts.slots)), shapes):
         batch = _made_up(device, shape, number)
         # What a larger batch left in the slot would be out of range.
         _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
         for key, span in _ranges(batch.vectors[device.stage], withheld):
             _at_once(device, key, device.replay(batch, key, span, 0))
-        sums = (op for op in device.bound(number, shape) if isinstance(op, Collective))
-        for operation in [op for op in sums if op.kind is Kind.ALL_REDUCE][:1]:
+        for operation in islice(_all_reduces(device.bound(number, shape)), 1):  # all layers sum the same buffer
             for count in ctas:
                 _at_once(device, COMM_KEY, device.replay_collective(operation, None, count))
     device.parts.lanes.drain()
+
+
+def _all_reduces(operations: Sequence[Operation]) -> Iterator[Collective]:
+    for operation in operations:
+        if isinstance(operation, Collective) and operation.kind is Kind.ALL_REDUCE:
+            yield operation
 
 
 def _at_once(device: Device, key: StreamKey, work: Callable[[], None]) -> None:
@@ -108,9 +111,8 @@ def _steps(ends: Sequence[int]) -> Iterator[int]:
 
 def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: int) -> HostTime:
     """Admit so many equal batches at once and run them to their end, results and times unrecorded; the host's time."""
-    requests = tuple(Request(number, 0.0, shape.padded_len) for number in range(shape.num_sequences))
     spent = HostTime()
-    for batch in scheduler.enter((requests,) * count, 0.0):
+    for batch in scheduler.enter((made_up_requests(shape),) * count, 0.0):
         device.enter(batch, 0.0, Preparation(device, batch))
     started = time.perf_counter()
     while (round_ := scheduler.next_round(0.0)) is not None:
@@ -125,20 +127,29 @@ def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: 
         spent.plan_s, spent.issue_s = spent.plan_s + planned - started, spent.issue_s + issued - planned
         spent.rounds, spent.launches = spent.rounds + 1, spent.launches + len(own)
         started = time.perf_counter()
+    let_go(device)
+    return spent
+
+
+def let_go(device: Device) -> None:
+    """Wait for all that is in flight; it leaves without results or times."""
     device.parts.lanes.drain()
     for flight in device.take_finished():
         device.parts.outputs.discard(flight.batch.batch_id)
         for piece in flight.pieces:
             device.parts.lanes.release(piece.ticket)
-    return spent
+
+
+def made_up_requests(shape: BatchShape) -> tuple[Request, ...]:
+    """Requests that nobody made, which fill a batch of this shape."""
+    return tuple(Request(number, 0.0, shape.padded_len) for number in range(shape.num_sequences))
 
 
 def _made_up(device: Device, shape: BatchShape, slot: int) -> Batch:
     """A batch that nobody asked for, in its slot."""
     weights = device.parts.weights
     vector = function_vector(weights.config, shape, weights.layout, device.stage)
-    requests = tuple(Request(row, 0.0, shape.padded_len) for row in range(shape.num_sequences))
-    return Batch(-1, requests, shape, (vector,) * (device.stage + 1), 0.0, slot)
+    return Batch(-1, made_up_requests(shape), shape, (vector,) * (device.stage + 1), 0.0, slot)
 
 
 class Preparation:

@@ -234,10 +234,6 @@ class Costs:
             self._alone[key] = cost
         return cost
 
-    def out_of_range(self, kernel: Kernel) -> bool:
-        """Whether the node's tables or its fit do not know what this kernel asks for."""
-        return bool(self.beyond(kernel))
-
     def beyond(self, kernel: Kernel) -> str:
         """What about a kernel lies outside of the node's tables and its fit, in words; empty if nothing does."""
         if kernel.is_communication and kernel.message_bytes > self.table(kernel, 0, DEFAULT_PATH).bytes[-1]:

@@ -206,13 +206,13 @@ def test_changed_stale_and_foreign_files_are_noticed(fit: Fit, tmp_path: Path) -
 
 def test_questions_beyond_the_fit_are_noticed(fit: Fit) -> None:
     costs = Costs(fit.node)
-    assert not costs.out_of_range(gemm("fc1", 256, 7168, 7168))
+    assert not costs.beyond(gemm("fc1", 256, 7168, 7168))
     assert costs.beyond(gemm("fc1", 8192, 7168, 7168)) == "fc1 of 8192 rows (fitted from 16 to 2048)"
     assert "inner" in costs.beyond(gemm("fc1", 256, 7168, 70000))
-    assert costs.out_of_range(collective("c", Kind.ALL_REDUCE, 512, 4))
-    assert costs.out_of_range(collective("c", Kind.ALL_REDUCE, 1 << 30, 4))
-    assert not costs.out_of_range(collective("c", Kind.ALL_REDUCE, 1 << 20, 4))
-    assert not Costs(load_node(BASE)).out_of_range(gemm("fc1", 8192, 7168, 7168))
+    assert costs.beyond(collective("c", Kind.ALL_REDUCE, 512, 4))
+    assert costs.beyond(collective("c", Kind.ALL_REDUCE, 1 << 30, 4))
+    assert not costs.beyond(collective("c", Kind.ALL_REDUCE, 1 << 20, 4))
+    assert not Costs(load_node(BASE)).beyond(gemm("fc1", 8192, 7168, 7168))
 
 
 def test_the_report_as_data_has_everything(fit: Fit, rows: list[Measurement]) -> None:
