@@ -22,6 +22,8 @@ from policy.scheduler import Scheduler
 
 # Every variant is timed in turn, several times over, so that a drift of the clock hits all alike.
 PASSES, PASS_US = 3, 150_000.0
+# SM partitions and CTAs that are tried besides the policy's choice.
+FORCED = ((0, 0), (0, 8), (16, 8), (32, 8))
 
 
 def two_batches(session: Session, opened: Opened) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
 def _choices(run: RunSettings) -> list[tuple[str, Options]]:
     found = [("policy", run.options), ("no decomposition", undivided(run.options))]
     found += [(f"partition {p}, CTAs {c or 'default'}", forced(run.options, p, c))
-              for p in run.partitions if p != 8 for c in run.ctas if c < 16]  # fmt: skip
+              for p, c in FORCED if p in run.partitions and c in run.ctas]  # fmt: skip
     return found
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu_checks import correct, soak
-from benchmarks.gpu_speed import ablation, forward, plane, probe, serving
+from benchmarks.gpu_speed import ablation, deep, forward, plane, probe, serving
 from benchmarks.gpu_world import Suite
 
 PARTS: dict[str, Callable[[Suite], None]] = {
     "probe": probe, "correct": correct, "soak": soak, "forward": forward, "serving": serving, "plane": plane,
-    "ablation": ablation,
+    "ablation": ablation, "deep": deep,
 }  # fmt: skip
 
 

@@ -58,21 +58,28 @@ def _measured_inside(suite: Suite, what: str, runs: list[RunSettings]) -> None:
 
 # Model, layers, lengths are multiples of, overload rate, rates below capacity, requests; a request is a batch of two,
 # as published. Graphs are made for every length and layer, so the deep model has fewer lengths.
-SERVED = (
-    ("glm-130b-plain", 4, 8, 1500.0, (230.0,), 400),
-    ("opt-30b", 48, 16, 200.0, (30.0,), 160),
-)
+WIDE = ("glm-130b-plain", 4, 8, 1500.0, (230.0,), 400)
+DEEP = ("opt-30b", 48, 16, 200.0, (30.0,), 160)
 
 
 def serving(suite: Suite) -> None:
     """7: capacity and tail latency beside tensor parallelism, with the published artifact's requests."""
-    for name, layers, pad_to, overload, below, count in SERVED:
-        options = Options(pad_to=pad_to)
-        model = suite.model(name, layers, vocab_size=0)
-        for policy in ("tensor", "interleaved", "liger-artifact"):
-            rates = (overload, *below) if policy != "liger-artifact" else (overload,)
-            traces = [suite.pairs(count, rate) for rate in rates]
-            _serve(suite, policy, suite.tp, model, traces, rates, options=options, pad_to=pad_to)
+    _served_beside_tensor(suite, WIDE)
+
+
+def deep(suite: Suite) -> None:
+    """7 again, of a whole model."""
+    _served_beside_tensor(suite, DEEP)
+
+
+def _served_beside_tensor(suite: Suite, what: tuple[str, int, int, float, tuple[float, ...], int]) -> None:
+    name, layers, pad_to, overload, below, count = what
+    options = Options(pad_to=pad_to)
+    model = suite.model(name, layers, vocab_size=0)
+    for policy in ("tensor", "interleaved", "liger-artifact"):
+        rates = (overload, *below) if policy != "liger-artifact" else (overload,)
+        traces = [suite.pairs(count, rate) for rate in rates]
+        _serve(suite, policy, suite.tp, model, traces, rates, options=options, pad_to=pad_to)
 
 
 def _serve(
@@ -84,17 +91,16 @@ def _serve(
     rates: Sequence[float],
     **about: Any,
 ) -> None:
-    """One world: every trace once unmeasured, for what only a real run warms, and once measured."""
+    """One world: the first trace once unmeasured, for what only a real run warms, and then all of them."""
     options = about.pop("options", Options())
-    twice = [trace for trace in traces for _ in (0, 1)]
     runs = [
         suite.run(
             policy, layout, model, trace, options=options, checksum=False, warm_up=number == 0, spin=True, timing=False
         )
-        for number, trace in enumerate(twice)
+        for number, trace in enumerate((traces[0], *traces))
     ]
-    outputs = suite.world(runs)[1::2]
-    for rate, run, output in zip(rates, runs[1::2], outputs, strict=True):
+    outputs = suite.world(runs)[1:]
+    for rate, run, output in zip(rates, runs[1:], outputs, strict=True):
         suite.emit(model=model.model_id, num_layers=model.num_layers, policy=policy, layout=[layout.tp, layout.pp],
                    rate=rate, num_requests=len(run.requests), **about, **_served(output))  # fmt: skip
 
@@ -125,7 +131,7 @@ def plane(suite: Suite) -> None:
     half = Layout(suite.ranks // 2, 2) if suite.ranks > 2 else Layout(1, 2)
     deep = Layout(1, suite.ranks)
     for policy, layout in (("tensor", suite.tp), ("interleaved", suite.tp), ("pipeline", deep), ("hybrid", half)):
-        rates = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 75.0, 90.0)
+        rates = (90.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 75.0)
         _serve(suite, policy, layout, model, [suite.arrivals(90, rate) for rate in rates], rates)
 
 
@@ -146,7 +152,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 def ablation(suite: Suite) -> None:
     """9: what each lever is worth: capacity of the serving workload without it."""
-    name, layers, _, overload, _, count = SERVED[0]
+    name, layers, _, overload, _, count = WIDE
     model = suite.model(name, layers, vocab_size=0)
     levers = list(LEVERS.items())
     # A change of priority needs other streams, and so everything anew: it comes last.

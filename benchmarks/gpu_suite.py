@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))
 PARTS: tuple[tuple[str, int, bool], ...] = (
     ("probe", 90, True),
     ("correct", 150, False),
+    ("soak", 100, False),
+    ("serving", 120, True),
+    ("deep", 200, True),
     ("forward", 300, True),
-    ("serving", 300, True),
-    ("soak", 150, False),
     ("ablation", 200, True),
     ("plane", 240, True),
 )

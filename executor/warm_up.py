@@ -22,6 +22,8 @@ from policy.scheduler import Scheduler
 from traces.request import Request
 
 REHEARSALS = 5
+# Graphs that are made before a run: some milliseconds each, on every rank.
+MOST_AHEAD = 6000
 
 
 def warm_up(device: Device, scheduler: Scheduler, shapes: tuple[BatchShape, ...]) -> None:
@@ -62,13 +64,15 @@ def rehearsed_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> flo
 def capture_ranges(
     device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int], ctas: Sequence[int]
 ) -> None:
-    """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, segments
-    and units on the compute lane, units on the fill lane, all-reduces. Equal on all ranks: collectives are inside."""
-    for number, shape in product(range(len(device.parts.slots)), shapes):
+    """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, runs of
+    compute kernels on both lanes, all-reduces; of a model with few layers and shapes every part of a run as well. Equal
+    on all ranks: collectives are inside."""
+    places = list(product(range(len(device.parts.slots)), shapes))
+    for number, shape in places:
         batch = _made_up(device, shape, number)
         # What a larger batch left in the slot would be out of range.
         _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
-        for key, span in _ranges(batch.vectors[device.stage], withheld):
+        for key, span in ranges_ahead(batch.vectors[device.stage], withheld, MOST_AHEAD // len(places)):
             _at_once(device, key, device.replay(batch, key, span, 0))
         for operation in islice(_all_reduces(device.bound(number, shape)), 1):  # all layers sum the same buffer
             for count in ctas:
@@ -87,25 +91,43 @@ def _at_once(device: Device, key: StreamKey, work: Callable[[], None]) -> None:
     device.parts.lanes.synchronize(device.parts.lanes.run(key, (), work))
 
 
-def _ranges(vector: FunctionVector, withheld: Sequence[int]) -> Iterator[tuple[StreamKey, tuple[int, int]]]:
+Ranges = list[tuple[StreamKey, tuple[int, int]]]
+
+
+def ranges_ahead(vector: FunctionVector, withheld: Sequence[int], most: int) -> Ranges:
+    """Ranges that are worth a graph, by worth: layers, whole runs, parts of runs. Of what does not fit into so many
+    altogether, none: a range without a graph is launched as the graphs that there are."""
     size, begin = len(vector.layer), len(vector.prologue)
-    for layer in range(vector.num_layers):
-        yield StreamKey(Lane.COMPUTE), (begin + layer * size, begin + (layer + 1) * size)
-    keys: list[tuple[StreamKey, tuple[tuple[int, ...], ...]]] = []
-    keys += [(StreamKey(Lane.COMPUTE, w), (vector.run_end, vector.unit_end)) for w in withheld]
-    keys += [(StreamKey(Lane.FILL, w), (vector.unit_end,)) for w in withheld]
-    for key, grids in keys:
-        for first in _steps(vector.unit_end):
-            # From every unit on: to the end of its run, for what is left of a run, and to its own end.
-            for last in sorted({ends[first] for ends in grids}):
-                if not vector.kernels[first].is_communication and last - first > 1:
-                    yield key, (first, last)
+    layers = ((begin + layer * size, begin + (layer + 1) * size) for layer in range(vector.num_layers))
+    found: Ranges = [(StreamKey(Lane.COMPUTE), span) for span in layers]
+    keys = [StreamKey(lane, sms) for lane in (Lane.COMPUTE, Lane.FILL) for sms in withheld]
+    for spans in (_runs(vector), _parts(vector)):
+        more = [(key, span) for key in keys for span in spans if span[1] - span[0] > 1]
+        if len(found) + len(more) > most:
+            break
+        found += more
+    return found
 
 
-def _steps(ends: Sequence[int]) -> Iterator[int]:
+def _runs(vector: FunctionVector) -> list[tuple[int, int]]:
+    """Compute kernels from one collective to the next."""
+    return [(first, last) for first, last in _chain(vector.run_end) if not vector.kernels[first].is_communication]
+
+
+def _parts(vector: FunctionVector) -> list[tuple[int, int]]:
+    """Of every run, its units, and from each unit after the first on what is left."""
+    found: list[tuple[int, int]] = []
+    for begin, end in _runs(vector):
+        units = [(first, last) for first, last in _chain(vector.unit_end) if begin <= first < end]
+        found += [(first, last) for first, last in units if (first, last) != (begin, end)]
+        found += [(first, end) for first, last in units[1:] if last != end]
+    return found
+
+
+def _chain(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
     first = 0
     while first < len(ends):
-        yield first
+        yield first, ends[first]
         first = ends[first]
 
 
