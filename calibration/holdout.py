@@ -24,6 +24,8 @@ def is_held_out(measurement: Measurement) -> bool:
         return True
     if measurement.what == "collective":
         return round(log2(max(1.0, float(measurement.at["bytes"])))) % PARTS == HELD_OUT_OCTAVE
+    if measurement.what == "sequence":
+        return _falls_out(("sequence", str(measurement.at["model"]), int(measurement.at["rows"])))
     if measurement.what == "pair" and _falls_out((*shape_identity(measurement), *_pair_identity(measurement))):
         return True
     return _falls_out(shape_identity(measurement))

@@ -54,3 +54,10 @@ def nccl_version() -> str:
     """As it calls itself."""
     version = _cuda.nccl.version()
     return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what the default stream makes. Lanes do not wait for it, and memory that it gave from one tensor to the
+    next may still be written for the first one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -20,6 +20,7 @@ import torch
 from executor.about import describe
 from executor.backing import Backing, make_backing
 from executor.checkpoint import load_checkpoint
+from executor.cuda import settle
 from executor.device import Device, Parts
 from executor.execute import Driver, Progress
 from executor.groups import Groups, Place, World
@@ -212,7 +213,9 @@ class Session:
         slots = tuple(
             Slot.allocate(run.model, run.layout, stage, largest, device, dtype) for _ in range(run.options.depth)
         )
-        return Prepared(weights, slots, Loader(run.model, device, dtype, largest))
+        prepared = Prepared(weights, slots, Loader(run.model, device, dtype, largest))
+        settle(device)
+        return prepared
 
     def _device(self, run: RunSettings, groups: Groups, prepared: Prepared, backing: Backing) -> Device:
         is_output = _is_output(self.place.rank, run.layout)

@@ -39,10 +39,12 @@ MOST_WORDS = 300
 
 
 class Orders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the ranks are told besides the settings: seconds to measure, and the version of the program."""
+    """What the ranks are told besides the settings: seconds to measure, the version of the program, and of how many
+    tensor-parallel ranks the settings' models are one's part."""
 
     budget_s: float
     weft: str = ""
+    num_shards: int = 1
 
 
 def survey(session: Session, orders: Orders) -> None:
@@ -51,7 +53,7 @@ def survey(session: Session, orders: Orders) -> None:
     keeper = Keeper.open(session, orders) if session.place.rank == 0 else None
     mail.begin("survey")
     status.enter("connect")
-    surveyor = Surveyor.open(session)
+    surveyor = Surveyor.open(session, orders.num_shards)
     mail.together("ready")
     lots = keeper.start() if keeper is not None else iter(())
     number = 0
@@ -90,7 +92,7 @@ class Keeper:
         """Raises ValueError for a folder of other conditions."""
         settings, on_gpu = session.settings, session.place.device.type == "cuda"
         log = MeasurementLog(Path(settings.output), conditions_of(session, orders))
-        models = {run.model.model_id: shapes_of(run) for run in settings.runs}
+        models = {run.model.model_id: shapes_of(run, orders.num_shards) for run in settings.runs}
         grid = grid_of(session)
         tasks = make_tasks(models, grid, settings.num_ranks, on_gpu=on_gpu)
         lead = Lead(tasks, log.rows, models, grid, orders.budget_s, time.monotonic)
@@ -162,17 +164,18 @@ class Surveyor:
     backing: Backing
     bench: Bench
     traffic: Traffic
+    num_shards: int = 1
     _bed: Bed | None = None
     _users: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, session: Session) -> Surveyor:
+    def open(cls, session: Session, num_shards: int) -> Surveyor:
         """Connections and streams. Every rank must call it."""
         settings, place, grid = session.settings, session.place, grid_of(session)
         runs = {run.model.model_id: run for run in settings.runs}
         backing = make_backing(place.device, priority=True)
         traffic = Traffic.open(session, grid, DTYPES[settings.runs[0].dtype])
-        return cls(session, runs, grid, backing, _bench(backing), traffic)
+        return cls(session, runs, grid, backing, _bench(backing), traffic, num_shards)
 
     def measure(self, points: list[Point]) -> list[Row | str | None]:
         """A row for each point, or the reason why there is none; nothing on ranks that have no part in it."""
@@ -197,6 +200,8 @@ class Surveyor:
             return self.traffic.measure(self.bench, point)
         if point.what in KERNELS:
             return bed.measure(self.bench, point)
+        if point.what == "sequence":
+            return bed.measure_sequence(self.bench, point)
         row: Row = self._users[point.what].measure(point)
         return row
 
@@ -207,7 +212,7 @@ class Surveyor:
             self._users.clear()
             gc.collect()
             run = self.runs[model]
-            bed = self._bed = Bed.open(self.session, run, self.grid, self.backing)
+            bed = self._bed = Bed.open(self.session, run, self.grid, self.backing, self.num_shards)
             self._users["host"] = Host(bed, self.bench)
             if self.session.place.device.type == "cuda":
                 self._users["pair"] = _pairs(self.bench, bed, self.traffic)
@@ -247,9 +252,9 @@ def grid_of(session: Session) -> Grid:
     return GPU if session.place.device.type == "cuda" else CPU
 
 
-def shapes_of(run: RunSettings) -> Shapes:
+def shapes_of(run: RunSettings, num_shards: int) -> Shapes:
     """The coordinates of a run's model."""
-    return Shapes(run.model, run.layout, DTYPES[run.dtype].itemsize)
+    return Shapes(run.model, run.layout, DTYPES[run.dtype].itemsize, num_shards)
 
 
 def _now() -> str:

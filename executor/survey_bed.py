@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from executor.backing import Backing
+from executor.cuda import settle
 from executor.device import Device, Graphs, Parts
 from executor.groups import Groups
 from executor.inputs import Loader, Outputs
@@ -52,7 +53,7 @@ class Bed:
     _beliefs: tuple[Profile, dict[str, Any]] | None = field(default=None)
 
     @classmethod
-    def open(cls, session: Session, run: RunSettings, grid: Grid, backing: Backing) -> Bed:
+    def open(cls, session: Session, run: RunSettings, grid: Grid, backing: Backing, num_shards: int = 1) -> Bed:
         """Load a model. Every rank must call it."""
         place, dtype, largest = session.place, DTYPES[run.dtype], grid.largest
         groups = session.world.layout(run.layout, grid.ctas)
@@ -65,7 +66,10 @@ class Bed:
             weights, slots, groups, backing.lanes, Loader(run.model, place.device, dtype, largest),
             Outputs(place.device), Clock(), _graphs(place.device.type), {},
         )  # fmt: skip
-        return cls(session, run, grid, Device(parts), backing, Shapes(run.model, run.layout, dtype.itemsize))
+        settle(place.device)
+        return cls(
+            session, run, grid, Device(parts), backing, Shapes(run.model, run.layout, dtype.itemsize, num_shards)
+        )
 
     @property
     def groups(self) -> Groups:
@@ -117,6 +121,19 @@ class Bed:
                 assert not isinstance(operation, Collective)
                 calls.append(partial(operation, part))
         return calls, guess_us(kernel) / len(parts)
+
+    def measure_sequence(self, bench: Bench, point: Point) -> Row:
+        """All compute kernels of a forward pass in a row: what a kernel takes longer for following another one."""
+        shape = batch_of(int(point.at["rows"]))
+        vector = function_vector(self.shapes.config, shape, self.shapes.layout)
+        guess = sum(guess_us(kernel) for kernel in vector.kernels if not kernel.is_communication)
+        computes = [op for op in self.device.bound(0, shape) if not isinstance(op, Collective)]
+
+        def forward() -> None:
+            for operation in computes:
+                operation(None)
+
+        return Row({"us": bench.compute(0, [forward], guess)})
 
     # -- two batches ------------------------------------------------------------------------------------------------
 

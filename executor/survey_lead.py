@@ -27,12 +27,13 @@ from executor.survey_refine import candidates
 from traces.measurement import Measurement, point_key
 
 # Shares of the budget that the kinds get of the coarse grid, per model where they need one.
-SHARES = {"collective": 8.0, "host": 2.0, "gemm": 5.0, "attention": 1.0, "elementwise": 1.5, "pair": 8.0,
-          "two_batches": 17.0}  # fmt: skip
+SHARES = {"collective": 8.0, "host": 2.0, "gemm": 5.0, "attention": 1.0, "elementwise": 1.5, "sequence": 1.0,
+          "pair": 8.0, "two_batches": 17.0}  # fmt: skip
 # Seconds of a round that a kind gets of one model.
-SLICES_S = {"gemm": 3.0, "pair": 3.0, "collective": 2.0, "two_batches": 3.0, "attention": 1.0, "elementwise": 1.0}
+SLICES_S = {"gemm": 3.0, "pair": 3.0, "collective": 2.0, "two_batches": 3.0, "attention": 1.0, "elementwise": 1.0,
+            "sequence": 1.0}  # fmt: skip
 # Points between two looks at the clock.
-LOTS = {"gemm": 12, "attention": 12, "elementwise": 12, "collective": 6, "pair": 8}
+LOTS = {"gemm": 12, "attention": 12, "elementwise": 12, "sequence": 4, "collective": 6, "pair": 8}
 # Models beside whose kernels collectives are measured, and whose batches run in pairs.
 PAIRED_MODELS = 2
 # A kind of which so many points failed, and none succeeded, is given up.

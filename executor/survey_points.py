@@ -125,11 +125,18 @@ CPU = Grid(
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """The coordinates of one model's kernels on each rank. `item_bytes`: of an element, which the descriptions of the
-    models take to be two."""
+    models take to be two. `num_shards`: the config is that of one of so many ranks already, so that one GPU can measure
+    what each of several would run."""
 
     config: ModelConfig
     layout: Layout
     item_bytes: int
+    num_shards: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Tensor-parallel ranks, of which these are one's kernels."""
+        return self.layout.tp * self.num_shards
 
     def batch(self, name: str, rows: int) -> BatchShape:
         """A batch in which a kernel has so many rows."""
@@ -170,6 +177,12 @@ class Shapes:
             "bytes_moved": self._bytes(kernel), "num_ctas": kernel.num_ctas, "withheld_sms": withheld,
         }  # fmt: skip
 
+    def sequence(self, rows: int) -> Coordinates:
+        """All compute kernels of a forward pass, one after the other."""
+        config = self.config
+        return {"model": config.model_id, "num_layers": config.num_layers, "rows": rows, "length": min(rows, SEQUENCE),
+                "num_ranks": self.num_ranks}  # fmt: skip
+
     def _bytes(self, kernel: Kernel) -> int:
         return round(kernel.bytes_moved * self.item_bytes / ELEMENT_BYTES)
 
@@ -195,7 +208,8 @@ def kernel_points(shapes: Shapes, grid: Grid) -> dict[str, list[Point]]:
     attention = [
         shapes.attention(n, length, w) for (n, length), w in in_order(grid.attention, light) if length <= longest
     ]
-    found = {"gemm": gemms, "attention": attention, "elementwise": others}
+    sequences = [shapes.sequence(rows) for rows in grid.batch_rows]
+    found = {"gemm": gemms, "attention": attention, "elementwise": others, "sequence": sequences}
     return {what: unique(Point(what, at, model) for at in points) for what, points in found.items()}
 
 

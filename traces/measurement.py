@@ -26,6 +26,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "gemm": ("name", "rows", "cols", "inner"),
     "attention": ("name", "num_sequences", "length", "num_heads", "head_dim", "flops", "bytes_moved", "num_ctas"),
     "elementwise": ("name", "rows", "bytes_moved", "num_ctas"),
+    "sequence": ("model", "num_layers", "rows", "length", "num_ranks"),
     "collective": ("op", "bytes", "num_ranks", "ctas"),
     "pair": ("compute", "kind", "op", "bytes", "num_ranks", "ctas", "withheld_sms", "priority"),
     "host": ("name",),

@@ -26,7 +26,7 @@ DEFAULT_MODELS = {"nccl": "opt-30b,glm-130b,llama-3-70b,opt-66b", "gloo": "tiny-
 DEFAULT_LAYERS = {"nccl": 6, "gloo": 2}
 DEFAULT_BUDGET_S, DEFAULT_TIMEOUT_S = 600.0, 60.0
 STAGING = "NCCL_P2P_DISABLE"
-KINDS = ("gemm", "attention", "elementwise", "collective", "pair", "two_batches", "host")
+KINDS = ("gemm", "attention", "elementwise", "sequence", "collective", "pair", "two_batches", "host")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,6 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--link-mode", choices=("as-is", "host-staged"), default="as-is", help=mode_help)
     parser.add_argument("--backend", choices=("nccl", "gloo"), help="default: nccl where there are GPUs, else gloo")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: the GPUs of this machine; gloo: 2)")
+    tp_help = "with one rank: its kernels are those of one of N tensor-parallel ranks, so that one GPU measures the \
+kernels of several (default: the ranks)"
+    parser.add_argument("--tp", type=int, metavar="N", help=tp_help)
     dtype_help = "float32, float16 or bfloat16 (default: float16 on GPUs, float32 with gloo)"
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help=dtype_help)
     timeout_help = "a rank that does not respond for so long ends the survey (default: 60)"
@@ -69,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
             _link_mode(args.link_mode, settings.backend),
             bar(math.ceil(args.budget_s), "s", disable=args.disable_tqdm) as progress,
         ):
-            launch(settings, progress.update, _program(args.budget_s))
+            shards = (args.tp or settings.num_ranks) // settings.num_ranks
+            launch(settings, progress.update, _program(args.budget_s, shards))
     except WorldError as error:
         # The launcher counts requests, of which there are none here.
         raise WorldError(str(error).partition("; all ranks were ended")[0] + _kept(args.out, before)) from None
@@ -94,7 +98,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
     runs = tuple(
         RunSettings(model=model, layout=Layout(ranks, 1), policy="tensor", requests=(Request(0, 0.0, 16),),
                     options=Options(depth=2), dtype=dtype, warm_up=False, timing=False)
-        for model in models_of(args.models or DEFAULT_MODELS[backend], args.layers or DEFAULT_LAYERS[backend])
+        for model in shards_of(
+            models_of(args.models or DEFAULT_MODELS[backend], args.layers or DEFAULT_LAYERS[backend]), ranks, args.tp
+        )
     )  # fmt: skip
     settings = Settings(runs=runs, backend=backend, timeout_s=args.timeout_s, output=str(args.out.absolute()))
     settings.check()
@@ -116,6 +122,24 @@ def models_of(names: str, num_layers: int) -> list[Any]:
     return list(found.values())
 
 
+def shards_of(models: list[Any], ranks: int, tp: int | None) -> list[Any]:
+    """Models as one rank of `tp` has them, each as a model of its own; as they are if the ranks are as many. Raises
+    ValueError where several ranks stand for others, or a model cannot be shared so."""
+    from models.transformer import Layout
+
+    if tp is None or tp == ranks:
+        return models
+    if ranks != 1 or tp < 1:
+        raise ValueError(f"--tp {tp} is not possible with --ranks {ranks}; give --ranks 1, or leave --tp out")
+    for model in models:
+        Layout(tp, 1).check(model)
+    return [
+        replace(m, num_heads=m.num_heads // tp, num_kv_heads=max(1, m.num_kv_heads // tp), ffn_size=m.ffn_size // tp,
+                vocab_size=-(-m.vocab_size // tp))
+        for m in models
+    ]  # fmt: skip
+
+
 @contextmanager
 def _link_mode(link_mode: str, backend: str) -> Iterator[None]:
     """Ranks inherit the environment. As-is is what this environment already says, unless it says host-staged."""
@@ -133,10 +157,11 @@ def _link_mode(link_mode: str, backend: str) -> Iterator[None]:
             os.environ.pop(STAGING, None)
 
 
-def _program(budget_s: float) -> tuple[str, ...]:
+def _program(budget_s: float, num_shards: int) -> tuple[str, ...]:
     import msgspec
 
-    orders = msgspec.json.encode({"budget_s": budget_s, "weft": version_of_weft(missing="")}).decode()
+    told = {"budget_s": budget_s, "weft": version_of_weft(missing=""), "num_shards": num_shards}
+    orders = msgspec.json.encode(told).decode()
     return (sys.executable, "-m", "executor.survey", orders)
 
 

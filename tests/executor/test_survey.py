@@ -28,7 +28,7 @@ from models.kernel import Kind
 from models.transformer import BatchShape, Layout, function_vector
 from traces.measurement import Coordinates, Measurement, point_key, read_measurements
 from weft.cli import main, make_parser
-from weft.measure_command import settings_of
+from weft.measure_command import settings_of, shards_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = Path(__file__).with_name("faulty_survey.py")
@@ -43,7 +43,7 @@ def kinds(rows: dict[str, Measurement]) -> Counter[str]:
     return Counter(row.what for row in rows.values())
 
 
-ALONE = {"gemm", "attention", "elementwise", "collective", "two_batches", "host"}
+ALONE = {"gemm", "attention", "elementwise", "sequence", "collective", "two_batches", "host"}
 
 
 def test_two_ranks_measure_everything_that_a_cpu_can_and_go_on_where_they_were(
@@ -295,3 +295,16 @@ def test_doubt_is_largest_beside_what_is_out_of_line(sizes: list[int], place: in
         low, high = max(s for s in sizes if s < best), min(s for s in sizes if s > best)
         near = sizes[max(0, sizes.index(odd) - 2) : sizes.index(odd) + 3]
         assert low in near and high in near
+
+
+@pytest.mark.parametrize("name", [model.model_id for model in MODELS.values() if not model.num_heads % 4])
+def test_one_rank_measures_the_kernels_of_one_of_four(name: str) -> None:
+    model = replace(MODELS[name], num_layers=2)
+    shard = Shapes(shards_of([model], 1, 4)[0], Layout(1, 1), 2, 4)
+    of_four, of_one = (
+        {what: {point.key for point in points} for what, points in kernel_points(shapes, GPU).items()}
+        for shapes in (Shapes(model, Layout(4, 1), 2), shard)
+    )
+    for what in ("gemm", "attention", "elementwise", "sequence"):
+        # The first rank of four holds as much of the embedding as the others, rounded up.
+        assert {k for k in of_four[what] if "lm_head" not in k} == {k for k in of_one[what] if "lm_head" not in k}
