@@ -23,7 +23,7 @@ from traces.request import Request
 
 REHEARSALS = 5
 # Graphs that are made before a run: some milliseconds each, on every rank.
-MOST_AHEAD = 6000
+MOST_AHEAD = 12_000
 
 
 def warm_up(device: Device, scheduler: Scheduler, shapes: tuple[BatchShape, ...]) -> None:
@@ -100,8 +100,8 @@ def ranges_ahead(vector: FunctionVector, withheld: Sequence[int], most: int) -> 
     size, begin = len(vector.layer), len(vector.prologue)
     layers = ((begin + layer * size, begin + (layer + 1) * size) for layer in range(vector.num_layers))
     found: Ranges = [(StreamKey(Lane.COMPUTE), span) for span in layers]
-    keys = [StreamKey(lane, sms) for lane in (Lane.COMPUTE, Lane.FILL) for sms in withheld]
-    for spans in (_runs(vector), _parts(vector)):
+    compute, fill = ([StreamKey(lane, sms) for sms in withheld] for lane in (Lane.COMPUTE, Lane.FILL))
+    for keys, spans in ((compute + fill, _runs(vector)), (fill, _parts(vector)), (compute, _parts(vector))):
         more = [(key, span) for key in keys for span in spans if span[1] - span[0] > 1]
         if len(found) + len(more) > most:
             break

@@ -11,7 +11,7 @@ from models.config import MODELS
 from models.transformer import BatchShape, Layout, function_vector
 from policy.round import Lane
 
-MOST = 375
+MOST = 450
 
 
 @pytest.mark.parametrize("name", ["opt-30b", "glm-130b", "llama-2-7b"])
@@ -32,5 +32,8 @@ def test_deep_models_get_whole_runs_and_shallow_ones_their_parts(name: str, laye
         whole = {span for key, span in found if (key.lane, key.withheld_sms) == (lane, 8) and span[0] in begins}
         wanted = {(first, vector.run_end[first]) for first in begins if vector.run_end[first] - first > 1}
         assert wanted <= whole
-    parts = [span for key, span in found if key.lane is Lane.FILL and span[0] not in begins]
-    assert bool(parts) == (layers == 4)
+    # Fills take parts of runs all the time, the compute lane seldom.
+    assert any(span[0] not in begins for key, span in found if key.lane is Lane.FILL)
+    assert any(span[0] not in begins for key, span in found if key.lane is Lane.COMPUTE and key.withheld_sms) == (
+        layers == 4
+    )
