@@ -8,24 +8,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from calibration.fit import Fit, fit_node
+from calibration.fit import KERNELS, Fit, fit_node
 from calibration.node_file import write_node
 from calibration.plots import write_plots
 from calibration.report import lines_of
 from sim.spec import load_node
 from traces.files import write_whole
+from traces.measurement import read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "benchmarks" / "data" / "h200-x4-2026-11-21"
 # Survey, and the node that keeps what the survey cannot tell.
 SURVEYS = {"survey-nvlink": "h200-nvlink-x4", "survey-hoststaged": "h200-hoststaged-x4"}
+# Kernels of one rank of four, timed later and under load; the surveys' own were timed on GPUs that had been idle.
+KERNELS_FROM = "survey-kernels"
 SUFFIX = "-fitted"
 
 
 def fitted(folder: Path, base: str) -> Fit:
-    """The fit to a survey."""
-    conditions, rows, about = read_folders([folder], base + SUFFIX)
+    """The fit to a survey's collectives, pairs and host costs, and to the kernels under load."""
+    conditions, rows, about = read_folders([folder, DATA / KERNELS_FROM], base + SUFFIX)
+    num_first = len(read_measurements(folder)[1])
+    rows = [row for number, row in enumerate(rows) if number >= num_first or row.what not in KERNELS]
     return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
 
 

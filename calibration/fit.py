@@ -16,6 +16,7 @@ from calibration.host import fit_host
 from calibration.kernels import collective_of, ctas_of, has_priority, kernel_of, with_cuts, withheld_of
 from calibration.memory import fit_attention, fit_elementwise
 from calibration.pairs import fit_pairs, is_simulated, race_row
+from calibration.sequence import NAME, computes_of, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
@@ -25,7 +26,18 @@ from traces.measurement import Measurement
 KERNELS = ("gemm", "attention", "elementwise")
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"
-CLASSES = ("gemm", PARTITIONED, "attention", "elementwise", "collective", "pair: compute", "pair: comm", DELAY)
+SEQUENCE = "sequence"
+CLASSES = (
+    "gemm",
+    PARTITIONED,
+    "attention",
+    "elementwise",
+    SEQUENCE,
+    "collective",
+    "pair: compute",
+    "pair: comm",
+    DELAY,
+)
 # Fewer rows than this in a class say nothing of its parameters.
 FEWEST_ROWS = 4
 DIGITS = 5
@@ -82,6 +94,8 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     if not any(row.what in (*KERNELS, "collective", "pair", "host") for row in measurements):
         raise ValueError("there is nothing to fit: no row of kernels, collectives, pairs or host costs")
     rng = np.random.default_rng(seed)
+    # All but sequences are measured in series of one kernel.
+    known, base = base, base.in_series()
     measurements = with_cuts(measurements)
     seen: dict[str, list[Measurement]] = {}
     for row in measurements:
@@ -99,13 +113,18 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     ]
     traffic = pairs.estimates.pop("hbm_per_byte")
     estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
-    node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None))
+    switch = fit_switch(seen.get(SEQUENCE, []), measurements, pairs.node, known.device.switch_us)
+    estimates["device"][NAME] = switch
+    node = msgspec.structs.replace(
+        pairs.node, name=about.name, fit=None, device=pairs.node.device.with_switch(switch.value)
+    )
+    node = _rounded(node)
     residuals = tuple(residuals_of(node, measurements))
     fit = Fit(node, estimates, tuple(tables), residuals, tuple(notes))
     node = msgspec.structs.replace(
         node,
-        description=_described(base, about),
-        sources=sources_of(fit, base, about),
+        description=_described(known, about),
+        sources=sources_of(fit, known, about),
         fit=FitSpec(
             date=about.date, gpu=about.gpu, conditions=about.conditions, measurements=about.measurements,
             ranges=_ranges(seen, tables), digest=node.numbers_digest,
@@ -149,7 +168,8 @@ def _with_tables(link: LinkSpec, fits: Sequence[TableFit], measurements: Sequenc
 def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Residual]:
     """What the node says of every row that it can say something of. Measured times of kernels and collectives have the
     gap to the next one of their graph in them."""
-    costs, gap, measurements = Costs(node), node.device.graph_gap_us, with_cuts(measurements)
+    series, measurements = node.in_series(), with_cuts(measurements)
+    costs, gap, in_turn = Costs(series), series.device.graph_gap_us, Costs(node)
     found = []
     for row in measurements:
         held = is_held_out(row)
@@ -157,6 +177,8 @@ def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Re
             us = costs.solo_us(kernel_of(row), withheld_of(row)) + gap
             kind = PARTITIONED if row.what == "gemm" and withheld_of(row) else row.what
             found.append(Residual(kind, row, row.values["us"], us, held))
+        elif row.what == SEQUENCE and computes_of(row):
+            found.append(Residual(row.what, row, row.values["us"], sequence_us(in_turn, row), held))
         elif row.what == "collective" and is_simulated(row, node):
             us = costs.solo_us(collective_of(row), 0, ctas_of(row)) + gap
             found.append(Residual(row.what, row, row.values["us"], us, held))

@@ -7,6 +7,8 @@ import hashlib
 from math import log2
 from typing import TYPE_CHECKING
 
+from calibration.kernels import label_of
+
 if TYPE_CHECKING:
     from traces.measurement import Measurement
 
@@ -52,4 +54,4 @@ def shape_identity(measurement: Measurement) -> tuple[str | int, ...]:
         return ("gemm", int(at["cols"]), int(at["inner"]))
     if kind == "attention":
         return ("attention", *(int(at.get(key, 0)) for key in ("num_heads", "head_dim", "length")))
-    return (kind, str(at.get("name", at.get("compute"))), round(float(at["bytes_moved"]) / max(1, int(at["rows"]))))
+    return (kind, label_of(at), round(float(at["bytes_moved"]) / max(1, int(at["rows"]))))

@@ -51,6 +51,12 @@ def collective_of(measurement: Measurement) -> Kernel:
     return _collective(measurement.at)
 
 
+def label_of(at: Coordinates) -> str:
+    """A compute kernel's name at some coordinates, and its variant where it has one; as its operation is called."""
+    name, variant = str(at.get("name", at.get("compute"))), str(at.get("variant", ""))
+    return f"{name} ({variant})" if variant else name
+
+
 def has_priority(measurement: Measurement) -> bool:
     """Whether a pair's communication ran on a stream of higher priority."""
     return bool(int(measurement.at.get("priority", 1)))
@@ -72,7 +78,7 @@ def _compute(kind: Kind, name: str, at: Coordinates) -> Kernel:
         kernel = gemm(name, *shape, int(at.get("element_bytes", 2)))
         return replace(kernel, is_piece=True) if int(at.get("cut", 1)) > 1 else kernel
     if kind is Kind.ELEMENTWISE:
-        kernel = elementwise(name, int(at["bytes_moved"]))
+        kernel = elementwise(name, int(at["bytes_moved"]), variant=str(at.get("variant", "")))
         return replace(kernel, num_ctas=int(at.get("num_ctas", kernel.num_ctas)))
     if kind is not Kind.ATTENTION:
         raise ValueError(f"{kind} does not compute; a pair's kind must be gemm, attention or elementwise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 
 from calibration.holdout import shape_identity
-from calibration.kernels import kernel_of, withheld_of
+from calibration.kernels import kernel_of, label_of, withheld_of
 from calibration.overlap import OVERLAP, inverse_of, order_estimate, order_of
 from calibration.solve import Estimate, Floats, Parameter, Problem, sigma_of, solve
 from calibration.vector import Others, others_us
 from sim.spec import DeviceSpec, OperationSpec
-from traces.measurement import Measurement
+from traces.measurement import Coordinates, Measurement
 
 KNOWN_US, KNOWN_CTA_US, KNOWN_SHARE = 0.25, 0.1, 0.1
 EFFICIENCY, PER_CTA, ORDER = "attention_efficiency", "attention_cta_us", "attention_overlap_order"
@@ -35,9 +35,9 @@ class OthersFit:
 def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
     """Start and traffic of every name that was measured; the start of the others is taken to be their median."""
     device, estimates = base, dict[str, Estimate]()
-    names = sorted({str(row.at["name"]) for row in rows})
+    names = sorted({label_of(row.at) for row in rows})
     for name in names:
-        fit = _fit_names([row for row in rows if row.at["name"] == name], [name], device, ())
+        fit = _fit_names([row for row in rows if label_of(row.at) == name], [name], device, ())
         device, estimates = fit.device, estimates | fit.estimates
     device, typical = _typical_start(device, estimates, names, "elementwise_start_us")
     return OthersFit(device, estimates | typical)
@@ -45,7 +45,7 @@ def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
 
 def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
     """What all attention kernels share, and start and traffic of every name."""
-    names = sorted({str(row.at["name"]) for row in rows})
+    names = sorted({label_of(row.at) for row in rows})
     value, per_cta = base.attention_efficiency, base.attention_cta_us
     overlap = inverse_of(base.attention_overlap_order)
     shared = (
@@ -64,18 +64,18 @@ def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
 def _fit_names(
     rows: Sequence[Measurement], names: Sequence[str], base: DeviceSpec, shared: tuple[Parameter, ...]
 ) -> OthersFit:
-    known = {operation.name: operation for operation in base.operations}
+    known = {operation.label: operation for operation in base.operations}
     parameters = list(shared)
     for name in names:
         before = known.get(name, OperationSpec(name=name, start_us=_start_of(base, rows)))
         # The shortest of them is little more than its start.
-        start = 0.8 * min(row.values["us"] for row in rows if row.at["name"] == name)
+        start = 0.8 * min(row.values["us"] for row in rows if label_of(row.at) == name)
         traffic = before.traffic
         parameters.append(Parameter(f"{name} start_us", start, 0.0, MOST_START_US, before.start_us, KNOWN_US))
         parameters.append(Parameter(f"{name} traffic", traffic, LEAST_TRAFFIC, MOST_TRAFFIC, traffic))
     parts = []
     for name in names:
-        some = [row for row in rows if row.at["name"] == name]
+        some = [row for row in rows if label_of(row.at) == name]
         points = Others.of([kernel_of(row) for row in some], [withheld_of(row) for row in some])
         parts.append((name, points, np.array([row.values["us"] for row in some])))
 
@@ -88,20 +88,26 @@ def _fit_names(
         joined: Floats = np.concatenate(found)
         return joined
 
-    ordered = [row for name in names for row in rows if row.at["name"] == name]
+    ordered = [row for name in names for row in rows if label_of(row.at) == name]
     sigma = sigma_of([row.values["us"] for row in ordered], [row.spread.get("us", 0.0) for row in ordered])
     groups = tuple(shape_identity(row) for row in ordered)
     estimates = solve(Problem(tuple(parameters), log_ratio, sigma, groups, is_staircase=True)).estimates
-    return OthersFit(_with_operations(base, names, estimates), estimates)
+    measured = {label_of(row.at): row.at for row in rows}
+    return OthersFit(_with_operations(base, measured, estimates), estimates)
 
 
-def _with_operations(base: DeviceSpec, names: Sequence[str], estimates: dict[str, Estimate]) -> DeviceSpec:
-    """The device with the operations of which something was determined."""
-    operations = {operation.name: operation for operation in base.operations}
-    for name in names:
-        start, traffic = estimates[f"{name} start_us"], estimates[f"{name} traffic"]
+def _with_operations(
+    base: DeviceSpec, measured: Mapping[str, Coordinates], estimates: dict[str, Estimate]
+) -> DeviceSpec:
+    """The device with the operations of which something was determined; `measured`: where each was, by label."""
+    operations = {operation.label: operation for operation in base.operations}
+    for label, at in measured.items():
+        start, traffic = estimates[f"{label} start_us"], estimates[f"{label} traffic"]
         if start.is_determined or traffic.is_determined:
-            operations[name] = OperationSpec(name=name, start_us=start.value, traffic=traffic.value)
+            variant = str(at.get("variant", ""))
+            operations[label] = OperationSpec(
+                name=str(at["name"]), variant=variant, start_us=start.value, traffic=traffic.value
+            )
     shared = _shared(base, {name: estimate.value for name, estimate in estimates.items()})
     return msgspec.structs.replace(shared, operations=tuple(operations.values()))
 

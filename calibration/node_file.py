@@ -120,7 +120,8 @@ class _Believer:
     """Looks a kernel up among the rows, and asks the node for what is not there."""
 
     def __init__(self, node: NodeSpec, rows: Sequence[Measurement]) -> None:
-        self.costs, self.gap_us = Costs(node), node.device.graph_gap_us
+        series = node.in_series()
+        self.costs, self.gap_us = Costs(series), series.device.graph_gap_us
         self._measured = {
             (int(r.at["rows"]), int(r.at["cols"]), int(r.at["inner"]), withheld_of(r)): r.values["us"]
             for r in rows if r.what == "gemm" and not is_held_out(r)

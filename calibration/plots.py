@@ -21,7 +21,8 @@ HELD_OUT = {"marker": "s", "facecolors": "#1f4e79", "edgecolors": "none", "s": 1
 BAND = 0.1
 MANY = 1000
 ALONG = {"gemm": ("rows", "rows"), "gemm: partition": ("rows", "rows"), "attention": ("flops", "operations"),
-         "elementwise": ("bytes_moved", "bytes"), "collective": ("bytes", "bytes")}  # fmt: skip
+         "elementwise": ("bytes_moved", "bytes"), "sequence": ("rows", "rows"),
+         "collective": ("bytes", "bytes")}  # fmt: skip
 
 
 def write_plots(fit: Fit, folder: Path) -> list[Path]:

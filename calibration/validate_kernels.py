@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from calibration.holdout import is_held_out
 from calibration.kernels import ctas_of, has_priority, kernel_of, withheld_of
 from calibration.pairs import race_row
+from calibration.sequence import computes_of, sequence_us
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_times
 from sim.cost import Costs
 from sim.spec import NodeSpec
@@ -15,7 +16,8 @@ from traces.measurement import Measurement
 
 LEVEL, PAIRS = "single kernels", "pairs"
 COMPUTE = Target(5.0)
-TARGETS = {"gemm": COMPUTE, "attention": COMPUTE, "elementwise": COMPUTE, "collective": Target(7.0)}
+SEQUENCE = "sequence"
+TARGETS = {"gemm": COMPUTE, "attention": COMPUTE, "elementwise": COMPUTE, SEQUENCE: COMPUTE, "collective": Target(7.0)}
 PAIR = Target(10.0)
 COMPUTE_SIDE, COMM_SIDE, DELAY = "compute slowdown", "comm slowdown", "start delay"
 _VALUES = {COMPUTE_SIDE: "compute_slowdown", COMM_SIDE: "comm_slowdown", DELAY: "start_delay_us"}
@@ -53,12 +55,21 @@ def unseen(rows: Iterable[Measurement], *, all_rows: bool = False) -> list[Measu
 
 def compare_kernels(node: NodeSpec, rows: Iterable[Measurement], told: Callable[[], object]) -> Kernels:
     """Every row of a single kernel. A measured time includes the gap to the next kernel of the graph, as the fit has
-    it."""
-    costs, found = Costs(node), Kernels()
+    it; a sequence is one kernel for this purpose."""
+    series, found, in_turn = node.in_series(), Kernels(), Costs(node)
+    costs = Costs(series)
     for row in rows:
         if row.what not in TARGETS:
             continue
         told()
+        measured, spread = row.values["us"], row.spread.get("us")
+        if row.what == SEQUENCE:
+            if computes_of(row):
+                point = Point(LEVEL, label_of(row), measured, sequence_us(in_turn, row), spread)
+                found.add(row.what, str(row.at["model"]), point)
+            else:
+                found.leave_out(f"no model is known as {row.at['model']}")
+            continue
         kernel = kernel_of(row)
         if why := _no_table(node, row):
             found.leave_out(why)
@@ -66,8 +77,7 @@ def compare_kernels(node: NodeSpec, rows: Iterable[Measurement], told: Callable[
         if beyond := costs.beyond(kernel):
             found.out_of_range.add(beyond)
         solo = costs.solo_us(kernel, withheld_of(row), ctas_of(row))
-        measured, spread = row.values["us"], row.spread.get("us")
-        point = Point(LEVEL, label_of(row), measured, solo + node.device.graph_gap_us, spread)
+        point = Point(LEVEL, label_of(row), measured, solo + series.device.graph_gap_us, spread)
         found.add(row.what, _part_of(row), point)
     return found
 
@@ -75,7 +85,7 @@ def compare_kernels(node: NodeSpec, rows: Iterable[Measurement], told: Callable[
 def compare_pairs(node: NodeSpec, rows: Iterable[Measurement], told: Callable[[], object]) -> Kernels:
     """Every row of a pair, raced in the simulator as the survey raced it on hardware. Pairs without priorities are a
     part of their own: no policy runs so unless it is told to."""
-    costs, found = Costs(node), Kernels()
+    costs, found = Costs(node.in_series()), Kernels()
     for row in rows:
         if row.what != "pair":
             continue
@@ -119,7 +129,7 @@ def label_of(row: Measurement) -> str:
     """A point in a few words."""
     at = row.at
     shape = " x ".join(str(at[key]) for key in ("num_sequences", "length", "rows", "cols", "inner") if key in at)
-    words = [str(at.get("compute", at.get("name", ""))), shape]
+    words = [str(at.get("compute", at.get("name", at.get("model", "")))), shape]
     if "op" in at:
         words.append(f"{at['op']} of {int(at['bytes']):,} bytes among {at['num_ranks']}")
     if ctas_of(row):

@@ -164,8 +164,9 @@ class Shapes:
     def elementwise(self, name: str, rows: int, withheld: int) -> Coordinates:
         """A norm, activation, rotation or look-up."""
         kernel = self.kernel(name, self.batch(name, rows))
-        return {"name": name, "rows": rows, "bytes_moved": self._bytes(kernel), "num_ctas": kernel.num_ctas,
-                "withheld_sms": withheld}  # fmt: skip
+        at: Coordinates = {"name": name, "rows": rows, "bytes_moved": self._bytes(kernel),
+                           "num_ctas": kernel.num_ctas, "withheld_sms": withheld}  # fmt: skip
+        return at | {"variant": kernel.variant} if kernel.variant else at
 
     def attention(self, sequences: int, length: int, withheld: int) -> Coordinates:
         """Attention of a batch; heads are those of one rank."""

@@ -55,7 +55,8 @@ class Kernel:
     `rows`, `cols`, `inner` are a GEMM's m, n, k on this rank. `flops` counts a multiply-add as two;
     `bytes_moved` is HBM traffic with every operand touched once; `message_bytes` is a collective's payload
     per rank (nccl-tests convention) or the bytes that a send or receive carries. `num_ranks` is the size of the group.
-    `is_piece`: computes some columns of a wider result, which do not lie together in memory.
+    `is_piece`: computes some columns of a wider result, which do not lie together in memory. `variant`: which of the
+    programs of that name it is, where models have different norms or activations.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Kernel:
     element_bytes: int = 2
     split_axes: tuple[SplitAxis, ...] = ()
     is_piece: bool = False
+    variant: str = ""
     is_communication: bool = field(init=False, compare=False)
     _hash: int = field(init=False, compare=False, repr=False)
 
@@ -124,10 +126,11 @@ def gemm(name: str, rows: int, cols: int, inner: int, element_bytes: int = 2) ->
     )  # fmt: skip
 
 
-def elementwise(name: str, bytes_moved: int, flops_per_byte: float = 1.0) -> Kernel:
+def elementwise(name: str, bytes_moved: int, flops_per_byte: float = 1.0, variant: str = "") -> Kernel:
     """A norm, activation, rotation or copy: bound by memory."""
     ctas = max(1, -(-bytes_moved // ELEMENTWISE_BYTES_PER_CTA))
-    return Kernel(name, Kind.ELEMENTWISE, bytes_moved * flops_per_byte, float(bytes_moved), num_ctas=ctas)
+    flops, moved = bytes_moved * flops_per_byte, float(bytes_moved)
+    return Kernel(name, Kind.ELEMENTWISE, flops, moved, num_ctas=ctas, variant=variant)
 
 
 def collective(name: str, kind: Kind, message_bytes: int, num_ranks: int, element_bytes: int = 2) -> Kernel:

@@ -80,6 +80,12 @@ class Layout:
 
 
 # Where a kernel of a layer sits; the executor binds the same names to tensors.
+# What the families' norms and activations are called; each is a program of its own.
+NORMS = {"opt": "layer norm", "glm": "deep norm", "llama": "rms norm"}
+ACTIVATIONS = {
+    ("opt", False): "relu", ("opt", True): "reglu", ("glm", False): "gelu", ("glm", True): "geglu",
+    ("llama", False): "silu", ("llama", True): "swiglu",
+}  # fmt: skip
 ELEMENT_BYTES = 2
 
 
@@ -108,9 +114,9 @@ def layer_kernels(config: ModelConfig, shape: BatchShape, tp: int) -> tuple[Kern
     heads, kv_heads = config.num_heads // tp, max(1, config.num_kv_heads // tp)
     width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
     ffn = config.ffn_size // tp
-    norm_bytes = 4 * rows * hidden * b
+    norm_bytes, norm = 4 * rows * hidden * b, NORMS[config.family]
     kernels = [
-        elementwise("attn_norm", norm_bytes),
+        elementwise("attn_norm", norm_bytes, variant=norm),
         gemm("qkv_proj", rows, width + 2 * kv_width, hidden),
     ]
     if config.family != "opt":
@@ -119,9 +125,9 @@ def layer_kernels(config: ModelConfig, shape: BatchShape, tp: int) -> tuple[Kern
     kernels += _all_reduce("attn_all_reduce", rows * hidden * b, tp)
     fc1 = 2 * ffn if config.gated else ffn
     kernels += [
-        elementwise("ffn_norm", norm_bytes),
+        elementwise("ffn_norm", norm_bytes, variant=norm),
         gemm("fc1", rows, fc1, hidden),
-        elementwise("activation", rows * (fc1 + ffn) * b),
+        elementwise("activation", rows * (fc1 + ffn) * b, variant=ACTIVATIONS[config.family, config.gated]),
         gemm("fc2", rows, hidden, ffn),
     ]
     kernels += _all_reduce("ffn_all_reduce", rows * hidden * b, tp)
@@ -174,7 +180,9 @@ def _embedding(config: ModelConfig, shape: BatchShape, layout: Layout) -> list[K
     if not config.vocab_size:
         return []
     size = shape.rows * config.hidden_size * ELEMENT_BYTES
-    return [elementwise("embedding", 2 * size), *_all_reduce("embedding_all_reduce", size, layout.tp)]
+    # OPT looks its positions up as well.
+    embedding = elementwise("embedding", 2 * size, variant="positions" if config.family == "opt" else "")
+    return [embedding, *_all_reduce("embedding_all_reduce", size, layout.tp)]
 
 
 def _head(config: ModelConfig, shape: BatchShape, layout: Layout) -> list[Kernel]:
@@ -182,7 +190,7 @@ def _head(config: ModelConfig, shape: BatchShape, layout: Layout) -> list[Kernel
         return []
     n, b = shape.num_sequences, ELEMENT_BYTES
     kernels = [
-        elementwise("final_norm", 4 * n * config.hidden_size * b),
+        elementwise("final_norm", 4 * n * config.hidden_size * b, variant=NORMS[config.family]),
         gemm("lm_head", n, config.vocab_size // layout.tp, config.hidden_size),
     ]
     if layout.tp > 1:

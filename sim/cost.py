@@ -91,9 +91,11 @@ def _cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int) -> Shape:
 
 def _operation(kernel: Kernel, device: DeviceSpec) -> tuple[float, float]:
     """Of attention or an elementwise kernel: start (us), and bytes it really moves per byte of `bytes_moved`."""
-    for operation in device.operations:
-        if operation.name == kernel.name:
-            return operation.start_us, operation.traffic
+    named = [operation for operation in device.operations if operation.name == kernel.name]
+    for variant in (kernel.variant, ""):
+        for operation in named:
+            if operation.variant == variant:
+                return operation.start_us, operation.traffic
     return device.attention_start_us if kernel.kind is Kind.ATTENTION else device.elementwise_start_us, 1.0
 
 

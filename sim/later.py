@@ -7,7 +7,8 @@ from typing import Any
 # Numbers that came later: where they stand at their default, a node is the node that it was before they came.
 LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
          "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
-         "memory_gb", "partition_step", "gemm_wave_ctas", "piece_us")  # fmt: skip
+         "memory_gb", "partition_step", "gemm_wave_ctas", "piece_us",
+         "switch_us")  # fmt: skip
 LATER_OF_LINK = ("default_ctas",)
 LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas")
 ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
@@ -16,6 +17,9 @@ ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
 def without_later(contents: dict[str, Any]) -> list[str]:
     """Take out of a node's contents what came later and stands at its default; returns the dotted names of it."""
     found = []
+    for operation in contents["device"]["operations"]:
+        if not operation["variant"]:
+            del operation["variant"]
     for section, names in (("device", LATER), ("link", LATER_OF_LINK), ("contention", LATER_OF_CONTENTION)):
         for name in names:
             if not contents[section][name]:

@@ -30,7 +30,8 @@ Order = Annotated[float, Meta(ge=0, le=1e3)]
 
 
 class OperationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How an attention or elementwise kernel of this `name` is really carried out, often by several launches.
+    """How an attention or elementwise kernel of this `name` is really carried out, often by several launches; of this
+    `variant`, or of every one that has no numbers of its own.
 
     `start_us`: what it takes however little there is to do. `traffic`: bytes that it moves per byte of its
     `bytes_moved`, which touches every operand once.
@@ -39,6 +40,12 @@ class OperationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     name: str
     start_us: NonNegative
     traffic: Positive = 1.0
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, and the variant where there is one."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -46,6 +53,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     `gemm_tiles`: CTA tiles (rows, cols) that the GEMM library chooses from, with the share of its rate each reaches.
     `kernel_gap_us`: from one kernel's end to the next one's first CTA on a stream; `graph_gap_us`: the same in a graph;
+    `switch_us`: of both gaps, what is not there between kernels of one kind, so that a series of one has it not;
     `event_gap_us`: what a wait across streams adds. `sm_bandwidth_gb_s`: the most that one SM can draw from memory.
     `cta_start_us`: what a GEMM's CTA spends before and after its inner loop. `ramp_us`: how long memory stands idle
     until a GEMM's loads flow. `memory_gb`: what its data sheet says it holds; 0: not known. No time depends on it.
@@ -88,15 +96,25 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     operations: tuple[OperationSpec, ...] = ()
     kernel_gap_us: NonNegative
     graph_gap_us: NonNegative
+    switch_us: NonNegative = 0.0
     event_gap_us: NonNegative
 
     def __post_init__(self) -> None:
         for kind, order in (("gemm", self.gemm_overlap_order), ("attention", self.attention_overlap_order)):
             if 0.0 < order < 1.0:
                 raise ValueError(f"{kind}_overlap_order is {order}; it must be 0, or 1 and more")
-        names = [operation.name for operation in self.operations]
+        if self.switch_us > min(self.kernel_gap_us, self.graph_gap_us):
+            raise ValueError(f"switch_us is {self.switch_us}; it is part of kernel_gap_us and graph_gap_us")
+        names = [operation.label for operation in self.operations]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two operations named {twice[0]}; keep one")
+
+    def with_switch(self, switch_us: float) -> DeviceSpec:
+        """The same device where another kind of kernel comes so much later than one of the same kind."""
+        more = switch_us - self.switch_us
+        return msgspec.structs.replace(
+            self, switch_us=switch_us, kernel_gap_us=self.kernel_gap_us + more, graph_gap_us=self.graph_gap_us + more
+        )
 
 
 class HostSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -225,6 +243,10 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def __post_init__(self) -> None:
         if (most := max(self.link.partitions)) >= self.device.num_sms:
             raise ValueError(f"a partition of {most} SMs leaves none of {self.device.num_sms} to compute")
+
+    def in_series(self) -> NodeSpec:
+        """The node as it runs one kernel over and over: nothing is switched between."""
+        return msgspec.structs.replace(self, device=self.device.with_switch(0.0))
 
     @property
     def estimates(self) -> tuple[str, ...]:

@@ -104,9 +104,11 @@ def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:
 
 
 def _difference(one: Conditions, two: Conditions) -> str:
-    # The environment of imported rows names the files that they came from.
+    # The environment of imported rows names the files that they came from; one GPU has no links.
     imported = "imported" in one.environment or "imported" in two.environment
-    for name in ("gpu", "num_sms", "link_mode", *(() if imported else ("environment",))):
+    alone = min(one.num_gpus, two.num_gpus) == 1
+    links = () if alone else ("link_mode",)
+    for name in ("gpu", "num_sms", *links, *(() if imported or alone else ("environment",))):
         if getattr(one, name) != getattr(two, name):
             return f"{name} is {getattr(two, name)!r}, not {getattr(one, name)!r}"
     return ""

@@ -114,7 +114,7 @@ def _shown(value: object) -> str:
     if value == ():
         return "none"
     if isinstance(value, OperationSpec):
-        return f"{value.name} {value.start_us:g} us, traffic x{value.traffic:g};"
+        return f"{value.label} {value.start_us:g} us, traffic x{value.traffic:g};"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):

@@ -1,0 +1,86 @@
+"""What a kernel takes longer for following another one: from forward passes beside series of one kernel."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from calibration.compare import COMPUTE_ALONE
+from calibration.fit import About, fit_node, residuals_of
+from calibration.sequence import computes_of, fit_switch, sequence_us
+from calibration.validate_two_batches import GraphWorld, cell_of
+from models.kernel import Kind
+from sim.cost import Costs
+from sim.spec import NodeSpec, load_node
+from traces.measurement import Coordinates, Measurement
+
+BASE = load_node("h200-nvlink-x4")
+MODELS, ROWS = ("opt-30b", "llama-2-7b", "glm-130b"), (16, 64, 128, 512)
+
+
+def node_with(switch_us: float) -> NodeSpec:
+    return msgspec.structs.replace(BASE, device=BASE.device.with_switch(switch_us))
+
+
+def forwards(node: NodeSpec, noise: float = 0.0) -> list[Measurement]:
+    """Forward passes on a node, as a survey would have measured them."""
+    rng, found = np.random.default_rng(3), []
+    for model in MODELS:
+        for rows in ROWS:
+            at: Coordinates = {"model": model, "num_layers": 6, "rows": rows, "length": min(rows, 64), "num_ranks": 4}
+            row = Measurement("sequence", at, {"us": 0.0}, {}, 5)
+            us = sequence_us(Costs(node), row) * (1.0 + noise * rng.standard_normal())
+            found.append(Measurement("sequence", at, {"us": us}, {"us": 0.0}, 5))
+    return found
+
+
+def alone(node: NodeSpec) -> list[Measurement]:
+    """The GEMMs of those passes in series of their own."""
+    costs, gap = Costs(node.in_series()), node.in_series().device.graph_gap_us
+    kernels = {k for row in forwards(node) for k in computes_of(row) if k.kind is Kind.GEMM}
+    return [
+        Measurement("gemm", {"name": k.name, "rows": k.rows, "cols": k.cols, "inner": k.inner, "withheld_sms": 0},
+                    {"us": costs.solo_us(k) + gap}, {"us": 0.0}, 5)
+        for k in sorted(kernels, key=repr)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("switch_us", [1.0, 2.5])
+def test_a_known_switch_is_found_within_its_error(switch_us: float) -> None:
+    truth = node_with(switch_us)
+    found = fit_switch(forwards(truth, noise=0.01), alone(truth), truth.in_series(), 0.0)
+    assert found.is_determined and 0.0 < found.error < 0.5 * switch_us
+    assert abs(found.value - switch_us) <= 3.0 * found.error
+    exact = fit_switch(forwards(truth), alone(truth), truth.in_series(), 0.0)
+    assert exact.value == pytest.approx(switch_us, rel=1e-6)
+
+
+def test_without_a_switch_or_without_passes_nothing_is_invented() -> None:
+    assert not fit_switch(forwards(BASE, noise=0.01), alone(BASE), BASE, 0.0).is_determined
+    nothing = fit_switch([], alone(BASE), BASE, 0.7)
+    assert not nothing.is_determined and nothing.value == 0.7
+
+
+def test_the_fitted_node_says_passes_and_series_alike() -> None:
+    truth = node_with(2.0)
+    rows = [*forwards(truth), *alone(truth)]
+    node = fit_node(rows, BASE, About("some", "2026-11-21", "NVIDIA H200")).node
+    assert node.device.switch_us == pytest.approx(2.0, abs=0.3)
+    assert node.device.graph_gap_us == pytest.approx(BASE.device.graph_gap_us + node.device.switch_us)
+    errors = [abs(r.error) for r in residuals_of(node, rows) if r.kind == "sequence"]
+    assert len(errors) == len(forwards(truth)) and np.median(errors) < 0.03
+    assert "sequence" in node.sources["device.switch_us"] or "forward" in node.sources["device.switch_us"]
+
+
+def test_a_pass_alone_takes_as_long_in_the_level_above() -> None:
+    truth = node_with(2.0)
+    row = forwards(truth)[0]
+    cell = cell_of(Measurement("two_batches", row.at | {"schedule": COMPUTE_ALONE}, {"us": 1.0}, {}, 1), truth)
+    assert GraphWorld(truth).makespan_us(cell, COMPUTE_ALONE)[0] == pytest.approx(row.values["us"])
+
+
+def test_a_switch_is_part_of_the_gaps() -> None:
+    assert node_with(1.5).in_series() == BASE
+    with pytest.raises(ValueError, match="switch_us"):
+        msgspec.structs.replace(BASE.device, switch_us=BASE.device.graph_gap_us + 1.0).__post_init__()
