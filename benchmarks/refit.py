@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from calibration.compare import forward_rows
 from calibration.fit import KERNELS, Fit, fit_node
 from calibration.node_file import write_node
 from calibration.plots import write_plots
@@ -23,14 +24,17 @@ DATA = ROOT / "benchmarks" / "data" / "h200-x4-2026-11-21"
 SURVEYS = {"survey-nvlink": "h200-nvlink-x4", "survey-hoststaged": "h200-hoststaged-x4"}
 # Kernels of one rank of four, timed later and under load; the surveys' own were timed on GPUs that had been idle.
 KERNELS_FROM = "survey-kernels"
+# Whole forwards, of which one after the other and its parts alone say what a collective waits for.
+FORWARDS = "second-forward.jsonl"
 SUFFIX = "-fitted"
 
 
 def fitted(folder: Path, base: str) -> Fit:
-    """The fit to a survey's collectives, pairs and host costs, and to the kernels under load."""
+    """The fit to a survey's collectives, pairs and host costs, to the kernels under load, and to whole forwards."""
     conditions, rows, about = read_folders([folder, DATA / KERNELS_FROM], base + SUFFIX)
     num_first = len(read_measurements(folder)[1])
     rows = [row for number, row in enumerate(rows) if number >= num_first or row.what not in KERNELS]
+    rows += forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
     return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
 
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from calibration.collectives import DEFAULT_CTAS, TableFit, fit_tables
 from calibration.gemm import fit_gemms
+from calibration.gemm_tables import gemm_tables
 from calibration.holdout import is_held_out
 from calibration.host import fit_host
 from calibration.kernels import collective_of, ctas_of, has_priority, kernel_of, with_cuts, withheld_of
 from calibration.memory import fit_attention, fit_elementwise
 from calibration.pairs import fit_pairs, is_simulated, race_row
-from calibration.sequence import NAME, computes_of, fit_switch, sequence_us
+from calibration.sequence import JOIN, SWITCH, computes_of, fit_join, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
@@ -102,6 +103,7 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
         if not is_held_out(row):
             seen.setdefault(row.what, []).append(row)
     node, estimates, notes = _fit_device(seen, base, rng)
+    node = msgspec.structs.replace(node, gemms=gemm_tables(seen.get("gemm", []), base))
     tables = fit_tables(seen.get("collective", []), base.link, base.device.graph_gap_us)
     node = msgspec.structs.replace(node, link=_with_tables(node.link, tables, measurements))
     host, estimates["host"] = fit_host(seen.get("host", []), base.host)
@@ -114,11 +116,12 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     traffic = pairs.estimates.pop("hbm_per_byte")
     estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
     switch = fit_switch(seen.get(SEQUENCE, []), measurements, pairs.node, known.device.switch_us)
-    estimates["device"][NAME] = switch
-    node = msgspec.structs.replace(
-        pairs.node, name=about.name, fit=None, device=pairs.node.device.with_switch(switch.value)
-    )
-    node = _rounded(node)
+    estimates["device"][SWITCH] = switch
+    join = fit_join(seen.get("two_batches", []), pairs.node, switch.value, known.link.join_us)
+    estimates["link"][JOIN] = join
+    device = pairs.node.device.with_switch(switch.value)
+    link = msgspec.structs.replace(pairs.node.link, join_us=join.value)
+    node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None, device=device, link=link))
     residuals = tuple(residuals_of(node, measurements))
     fit = Fit(node, estimates, tuple(tables), residuals, tuple(notes))
     node = msgspec.structs.replace(

@@ -50,6 +50,8 @@ def node_text(node: NodeSpec) -> str:
         if not table["path"]:
             del table["path"]
         lines += ["", "[[link.tables]]", *_entries(table)]
+    for table in raw.pop("gemms", ()):
+        lines += ["", "[[gemms]]", *_entries(table)]
     lines += ["", "[sources]", *_entries(raw["sources"])]
     if node.fit is not None:
         parts = {key: raw["fit"].pop(key) for key in ("conditions", "measurements", "ranges")}

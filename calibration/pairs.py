@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import msgspec
 import numpy as np
@@ -22,6 +23,8 @@ KNOWN_SLOWDOWN = 0.02
 MOST_SLOWDOWN = 6.0
 # CTAs that the default may have.
 DEFAULTS = (2, 4, 12, 20, 24)
+# SMs that a full wave of the GEMM library may leave.
+LEFT_BY_WAVES = (4, 8, 12, 16)
 TRAFFIC = "hbm_per_byte"
 SIDES = ("compute_slowdown", "comm_slowdown")
 BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwise": "elementwise_by_comm"}
@@ -63,7 +66,7 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     traffic = base.link.hbm_per_byte
     if usable:
         if len({ctas_of(row) for row in usable}) > 1:
-            base = _with_default(_in_proportion(base), usable)
+            base = _with_counts(_in_proportion(base), usable)
         estimates = dict(solve(_problem(usable, base, _parameters(usable, base))).estimates)
         if per := base.contention.per_ctas:
             told = "slowdowns of compute are said beside so many CTAs"
@@ -95,17 +98,22 @@ def _in_proportion(base: NodeSpec) -> NodeSpec:
     return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, per_ctas=per))
 
 
-def _with_default(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
-    """How many CTAs the library's default has is what explains best how it gets on with computation."""
+def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
+    """How many CTAs the library's default has, and with how many the GEMM library fills a wave, is what explains best
+    how they get on with each other: whether both fit on the SMs decides whether a GEMM needs a wave more. The second is
+    asked only where GEMM shapes have tables, whose times do not hang on it."""
     known = {ctas_of(row) for row in rows} - {0}
     some = [row for row in rows if not ctas_of(row)]
     op, ranks = str(some[0].at["op"]), int(some[0].at["num_ranks"])
     usual = base.link.default_ctas or max(t.ctas for t in base.link.tables if (t.op, t.ranks) == (op, ranks))
-    found = []
-    for ctas in sorted({usual, *DEFAULTS} - known):
-        node = _default_of(base, usual, ctas)
-        problem = _problem(some, node, _parameters(some, node))
-        found.append((cost_of(problem, {p.name: p.start for p in problem.parameters}), ctas != usual, ctas, node))
+    device, found = base.device, list[tuple[float, int, int, NodeSpec]]()
+    waves = {device.gemm_wave_ctas, *(device.num_sms - left for left in LEFT_BY_WAVES if base.gemms)}
+    for ctas, wave in product(sorted({usual, *DEFAULTS} - known), sorted(waves)):
+        node = msgspec.structs.replace(base, device=msgspec.structs.replace(device, gemm_wave_ctas=wave))
+        node = _default_of(node, usual, ctas)
+        problem = _problem(rows, node, _parameters(rows, node))
+        cost = cost_of(problem, {p.name: p.start for p in problem.parameters})
+        found.append((cost, (ctas != usual) + (wave != device.gemm_wave_ctas), len(found), node))
     return min(found, key=lambda each: each[:3])[3]
 
 

@@ -1,8 +1,9 @@
-"""Forward passes without their collectives: what a kernel takes longer for following one of another kind.
+"""Whole forward passes: what a kernel takes longer for following one of another kind, and a collective for following
+computation.
 
 A survey times each kernel in a series of its own. In a forward pass different kernels take turns, and each of them
 starts later than in its series, by about as much for every one: code and constants have to be fetched, and what the one
-before left in caches is of less use.
+before left in caches is of less use. A collective also waits for the slowest rank, as it need not in a series.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from math import sqrt
 
 import numpy as np
 
+from calibration.holdout import UNMIXED
 from calibration.kernels import kernel_of, withheld_of
 from calibration.solve import Estimate
 from models.config import MODELS
@@ -20,9 +22,9 @@ from models.kernel import Kernel, Kind
 from models.transformer import BatchShape, Layout, function_vector
 from sim.cost import Costs
 from sim.spec import NodeSpec
-from traces.measurement import Measurement
+from traces.measurement import Coordinates, Measurement
 
-NAME = "switch_us"
+SWITCH, JOIN = "switch_us", "join_us"
 # A sum of many kernels is off by about so much, whatever the switches.
 SUM_ERROR = 0.02
 KERNELS = ("gemm", "attention", "elementwise")
@@ -30,13 +32,7 @@ KERNELS = ("gemm", "attention", "elementwise")
 
 def computes_of(row: Measurement) -> list[Kernel]:
     """The compute kernels of a sequence's row; none of a model that this program does not know."""
-    at = row.at
-    if str(at["model"]) not in MODELS:
-        return []
-    model = replace(MODELS[str(at["model"])], num_layers=int(at["num_layers"]))
-    shape = BatchShape(int(at["rows"]) // int(at["length"]), int(at["length"]))
-    vector = function_vector(model, shape, Layout(int(at["num_ranks"]), 1))
-    return [kernel for kernel in vector.kernels if not kernel.is_communication]
+    return [kernel for kernel in _kernels_of(row.at) if not kernel.is_communication]
 
 
 def fit_switch(
@@ -45,9 +41,24 @@ def fit_switch(
     """What is left of the sequences beside their kernels, per kernel, in microseconds; of kernels that were measured
     themselves the measured time counts, of others that of `node`, which is one in series. `base` where the data do not
     tell: without sequences, or if it is nothing beside its error."""
-    rows = list(_beside_kernels(sequences, kernels, node))
+    return _each(SWITCH, list(_beside_kernels(sequences, kernels, node)), base, "forward passes without collectives")
+
+
+def fit_join(batches: Iterable[Measurement], node: NodeSpec, switch_us: float, base: float) -> Estimate:
+    """What is left of one forward pass after another beside its computation and its collectives alone, per collective,
+    in microseconds, less a switch."""
+    rows = [(whole, parts + switch_us * count, count) for whole, parts, count in _beside_parts(batches, node)]
+    return _each(JOIN, rows, base, "cells of forward passes and their parts alone")
+
+
+Rest = tuple[float, float, int]
+
+
+def _each(name: str, rows: list[Rest], base: float, what: str) -> Estimate:
+    """What makes up the difference of a whole and its parts, by their count: weighted least squares, a whole being
+    known up to a share of itself."""
     if len(rows) < 2:
-        return Estimate(NAME, base, float("nan"), False, "too few forward passes were measured")
+        return Estimate(name, base, float("nan"), False, f"too few {what} were measured")
     total, parts, count = (np.array(column) for column in zip(*rows, strict=True))
     weight = count / (SUM_ERROR * total) ** 2
     value = float((weight * (total - parts)).sum() / (weight * count).sum())
@@ -56,8 +67,8 @@ def fit_switch(
     error = expected * max(1.0, sqrt(float((scatter**2).sum()) / (len(rows) - 1)))
     if value < 2.0 * error:
         why = f"{value:.2g} us is within two standard errors ({error:.2g} us) of nothing"
-        return Estimate(NAME, base, error, False, why)
-    return Estimate(NAME, value, error, True, f"of {len(rows)} forward passes without collectives")
+        return Estimate(name, base, error, False, why)
+    return Estimate(name, value, error, True, f"of {len(rows)} {what}")
 
 
 def sequence_us(costs: Costs, row: Measurement) -> float:
@@ -66,9 +77,7 @@ def sequence_us(costs: Costs, row: Measurement) -> float:
     return sum(costs.solo_us(kernel) + gap for kernel in computes_of(row))
 
 
-def _beside_kernels(
-    sequences: Sequence[Measurement], kernels: Iterable[Measurement], node: NodeSpec
-) -> Iterator[tuple[float, float, int]]:
+def _beside_kernels(sequences: Sequence[Measurement], kernels: Iterable[Measurement], node: NodeSpec) -> Iterator[Rest]:
     """Microseconds of a sequence, of its kernels in series of their own, and how many there are."""
     costs, gap = Costs(node), node.device.graph_gap_us
     known = {_identity(kernel_of(row)): row.values["us"] for row in kernels if _is_whole_device(row)}
@@ -77,6 +86,27 @@ def _beside_kernels(
             continue
         each = [known.get(_identity(kernel)) or costs.solo_us(kernel) + gap for kernel in parts]
         yield row.values["us"], sum(each), len(parts)
+
+
+def _beside_parts(batches: Iterable[Measurement], node: NodeSpec) -> Iterator[Rest]:
+    """Microseconds of one pass of two, of what it computes and what it communicates alone, and its collectives."""
+    cells: dict[tuple[str, ...], dict[str, Measurement]] = {}
+    for row in batches:
+        cell = tuple(str(row.at.get(key)) for key in ("model", "num_layers", "rows", "length", "num_ranks"))
+        cells.setdefault(cell, {})[str(row.at["schedule"])] = row
+    for rows in cells.values():
+        if all(name in rows for name in UNMIXED):
+            serial, *alone = (rows[name].values["us"] for name in UNMIXED)
+            at = {"num_ranks": node.num_gpus} | rows[UNMIXED[0]].at
+            yield serial / 2.0, sum(alone), sum(kernel.is_communication for kernel in _kernels_of(at))
+
+
+def _kernels_of(at: Coordinates) -> tuple[Kernel, ...]:
+    if str(at["model"]) not in MODELS:
+        return ()
+    model = replace(MODELS[str(at["model"])], num_layers=int(at["num_layers"]))
+    shape = BatchShape(int(at["rows"]) // int(at["length"]), int(at["length"]))
+    return function_vector(model, shape, Layout(int(at["num_ranks"]), 1)).kernels
 
 
 def _is_whole_device(row: Measurement) -> bool:

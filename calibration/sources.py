@@ -33,12 +33,17 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
             sources[f"{section}.{field}"] = _source(estimate, base, f"{section}.{field}", told, error)
     hbm = fit.estimates["link"]["hbm_per_byte"]
     sources["link.hbm_per_byte"] = _source(hbm, base, "link.hbm_per_byte", told, _held_out(fit, "pair: compute"))
+    sources["link.join_us"] = _source(fit.estimates["link"]["join_us"], base, "link.join_us", told, "")
     changed = fit.node.link.partitions != base.link.partitions
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
     if fit.node.link.default_ctas != base.link.default_ctas:
         sources["link.default_ctas"] = f"{told}, {DEFAULT_CTAS}"
     else:
         sources["link.default_ctas"] = _base(base, "link.default_ctas")
+    if fit.node.gemms:
+        num = len({(table.cols, table.inner) for table in fit.node.gemms})
+        new = fit.node.gemms != base.gemms
+        sources["gemms"] = f"measured: {about.gpu}, {about.date}; {num} shapes" if new else _base(base, "gemms")
     for field in ("root_gb_s", "pairs"):
         sources[f"link.{field}"] = _base(base, f"link.{field}")
     return sources | _table_sources(fit, base, told)

@@ -83,7 +83,8 @@ class GraphWorld:
     def __init__(self, node: NodeSpec, beliefs: Mapping[str, Profile] | None = None) -> None:
         self.node, self.beliefs, self._own = node, dict(beliefs or {}), profile_of(node)
         self.graph_node = in_a_graph(node)
-        self._costs = Costs(node)
+        # Computation alone takes turns; collectives alone are a series of one.
+        self._in_turn, self._in_series = Costs(node), Costs(node.in_series())
 
     def why_not(self, cell: Cell, schedule: str) -> str:
         """Why the node cannot run a schedule; empty if it can."""
@@ -113,9 +114,9 @@ class GraphWorld:
         return run_plan(self.graph_node, profile, cell, "tensor" if schedule == SERIAL else "interleaved", options)
 
     def _alone_us(self, cell: Cell, *, comm: bool) -> float:
-        gap = self.node.device.graph_gap_us
-        kernels = vector_of(cell).kernels
-        return sum(self._costs.solo_us(k) + gap for k in kernels if k.is_communication == comm)
+        costs = self._in_series if comm else self._in_turn
+        gap = costs.device.graph_gap_us
+        return sum(costs.solo_us(k) + gap for k in vector_of(cell).kernels if k.is_communication == comm)
 
 
 def in_a_graph(node: NodeSpec) -> NodeSpec:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
-from models.kernel import Kernel, Kind
+from models.kernel import Kernel, Kind, gemm
 from policy.batch import TICK_US, on_grid
 from sim.spec import ContentionSpec, DeviceSpec, NodeSpec, Table
 
 DEFAULT_PATH = ""
+# Tables of GEMMs are of half precision.
+TABLE_BYTES = 2
 
 # Into how many parts a GEMM's inner dimension may be cut, as long as a part keeps MIN_SPLIT_INNER and the CTAs are few.
 SPLITS = (1, 2, 3, 4, 6, 8)
@@ -39,6 +41,12 @@ class Shape:
     def is_plain(self) -> bool:
         """Whether a CTA streams all the time, and computes all the time beside it."""
         return not self.lead_us and not self.overlap_order
+
+    def slower(self, factor: float) -> Shape:
+        """The same CTAs, every one of which takes so many times as long, whatever bounds it."""
+        return Shape(
+            self.num_ctas, self.cta_us * factor, self.cta_bytes * factor, self.lead_us * factor, self.overlap_order
+        )
 
     def pace_us(self, ctas: int, bandwidth: float) -> float:
         """One wave of `ctas` CTAs that share `bandwidth` (bytes per microsecond): bound by their SMs or by memory.
@@ -202,6 +210,32 @@ class Costs:
             (t.op, t.ranks, t.ctas, t.path): t for t in node.link.tables
         }
         self._alone: dict[tuple[Kernel, int, int, str], float] = {}
+        self._gemms = {(t.cols, t.inner, t.withheld_sms, t.is_piece): t for t in node.gemms}
+        self._shapes: dict[tuple[Kernel, int], Shape] = {}
+
+    def shape(self, kernel: Kernel, withheld_sms: int = 0) -> Shape:
+        """The CTAs of a compute kernel. Of a GEMM whose shape was measured they take together what it took; how many
+        there are, and what share of them is memory, the device's parameters say all the same."""
+        key = (kernel, withheld_sms)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = cta_shape(kernel, self.device, withheld_sms)
+            if self._gemms and kernel.kind is Kind.GEMM and kernel.element_bytes == TABLE_BYTES:
+                shape = shape.slower(self._correction(kernel, withheld_sms))
+            self._shapes[key] = shape
+        return shape
+
+    def _correction(self, kernel: Kernel, withheld_sms: int) -> float:
+        """Measured over modelled time of a GEMM's shape: under this partition, or else on the whole device; at the
+        nearest number of rows that the table reaches."""
+        shape = kernel.cols, kernel.inner
+        for withheld in dict.fromkeys((withheld_sms, 0)):
+            if (table := self._gemms.get((*shape, withheld, kernel.is_piece))) is not None:
+                rows = min(max(kernel.rows, table.rows[0]), table.rows[-1])
+                like = kernel if rows == kernel.rows else replace(gemm("", rows, *shape), is_piece=kernel.is_piece)
+                slots = partition_sms(self.device, withheld)
+                return table.at(rows) / alone_us(cta_shape(like, self.device, withheld), slots, self.device)
+        return 1.0
 
     def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
         """SMs that a collective occupies."""
@@ -229,10 +263,12 @@ class Costs:
         key = (kernel, withheld_sms, max_ctas, path)
         if (cost := self._alone.get(key)) is None:
             if kernel.is_communication:
-                cost = up_to_grid(on_grid(self.table(kernel, max_ctas, path).at(kernel.message_bytes)))
+                us = self.table(kernel, max_ctas, path).at(kernel.message_bytes)
+                joins = kernel.kind in (Kind.ALL_REDUCE, Kind.ALL_GATHER)
+                cost = up_to_grid(on_grid(us + self.node.link.join_us * joins))
             else:
                 slots = partition_sms(self.device, withheld_sms)
-                cost = alone_us(cta_shape(kernel, self.device, withheld_sms), slots, self.device)
+                cost = alone_us(self.shape(kernel, withheld_sms), slots, self.device)
             self._alone[key] = cost
         return cost
 

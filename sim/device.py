@@ -14,7 +14,7 @@ import simpy
 
 from models.kernel import Kernel
 from policy.round import Lane, Launch, Mark
-from sim.cost import Costs, cta_shape, partition_sms, up_to_grid
+from sim.cost import Costs, partition_sms, up_to_grid
 from sim.express import Courses, Express
 from sim.sms import Running, Sms
 from traces.timeline import Span
@@ -147,7 +147,7 @@ class Device:
             running.transfer = self.join(self, running)
             running.ctas_left = running.transfer.ctas
             return running
-        shape = cta_shape(kernel, self.spec, entry.launch.withheld_sms)
+        shape = self.costs.shape(kernel, entry.launch.withheld_sms)
         limit = partition_sms(self.spec, entry.launch.withheld_sms)
         return Running(kernel, entry, entry.launch.lane, self._order, shape, limit, shape.num_ctas)
 

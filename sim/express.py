@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.kernel import Kernel
-from sim.cost import Costs, alone_us, cta_shape, memory_bandwidth, up_to_grid
+from sim.cost import Costs, alone_us, memory_bandwidth, up_to_grid
 
 if TYPE_CHECKING:
     from sim.device import Device, Entry
@@ -53,7 +53,7 @@ class Courses:
             if kernel.is_communication:
                 cost = self.costs.solo_us(kernel, 0, entry.launch.max_ctas)
             else:
-                shape = cta_shape(kernel, self.costs.device, entry.launch.withheld_sms)
+                shape = self.costs.shape(kernel, entry.launch.withheld_sms)
                 cost = alone_us(shape, slots, self.costs.device)
             now += cost
             ends.append(now)

@@ -9,7 +9,7 @@ LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition"
          "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
          "memory_gb", "partition_step", "gemm_wave_ctas", "piece_us",
          "switch_us")  # fmt: skip
-LATER_OF_LINK = ("default_ctas",)
+LATER_OF_LINK = ("default_ctas", "join_us")
 LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas")
 ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
 
@@ -17,6 +17,9 @@ ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
 def without_later(contents: dict[str, Any]) -> list[str]:
     """Take out of a node's contents what came later and stands at its default; returns the dotted names of it."""
     found = []
+    if not contents["gemms"]:
+        del contents["gemms"]
+        found.append("gemms")
     for operation in contents["device"]["operations"]:
         if not operation["variant"]:
             del operation["variant"]

@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from bisect import bisect_right
+from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 from math import exp, log
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,12 +169,41 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return exp(log(self.us[i - 1]) * (1 - share) + log(self.us[i]) * share)
 
 
+class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the GEMM library took for one shape (cols x inner) over its rows, alone on the SMs that are not withheld.
+    `is_piece`: as a piece of a wider result. Half precision."""
+
+    cols: Count
+    inner: Count
+    withheld_sms: Annotated[int, Meta(ge=0, le=10**6)] = 0
+    is_piece: bool = False
+    rows: Annotated[tuple[Count, ...], Meta(min_length=1)]
+    us: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        name = f"GEMM table {self.cols} x {self.inner}"
+        if len(self.rows) != len(self.us):
+            raise ValueError(f"{name}: {len(self.rows)} numbers of rows and {len(self.us)} times; need as many")
+        if any(a >= b for a, b in pairwise(self.rows)):
+            raise ValueError(f"{name}: rows must increase")
+
+    def at(self, rows: int) -> float:
+        """Time at so many rows, which must lie within the table: between two points straight in logarithms."""
+        place = bisect_right(self.rows, rows) - 1
+        if self.rows[place] == rows:
+            return self.us[place]
+        low, high = self.rows[place], self.rows[place + 1]
+        share = log(rows / low) / log(high / low)
+        return exp((1.0 - share) * log(self.us[place]) + share * log(self.us[place + 1]))
+
+
 class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What joins the GPUs. `root_gb_s`: capacity that all flows share (PCIe root or host memory), 0 if there is none.
 
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
     of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
-    the table that holds where no bound is asked for; 0: the one with the most.
+    the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
+    takes behind computation than behind another collective, for which all ranks were there.
     """
 
     kind: str
@@ -182,6 +213,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     hbm_per_byte: Positive = 4.0
     partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
     default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
+    join_us: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]
@@ -226,8 +258,9 @@ class FitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A machine with several GPUs. `sources` names, for every number above, where it comes from.
 
-    A source that starts with "estimate" says that nobody measured it; `estimates` lists those. `fit`: of a node that
-    was fitted to measurements, which ones.
+    A source that starts with "estimate" says that nobody measured it; `estimates` lists those. `gemms`: shapes that
+    were measured and take what they took; others take what the device's parameters say. `fit`: of a node that was
+    fitted to measurements, which ones.
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=100)]
@@ -238,15 +271,21 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     link: LinkSpec
     contention: ContentionSpec
     sources: dict[str, str]
+    gemms: tuple[GemmTable, ...] = ()
     fit: FitSpec | None = None
 
     def __post_init__(self) -> None:
+        shapes = Counter((table.cols, table.inner, table.withheld_sms, table.is_piece) for table in self.gemms)
+        if twice := [shape for shape, count in shapes.items() if count > 1]:
+            cols, inner, withheld, _ = twice[0]
+            raise ValueError(f"two GEMM tables of {cols} x {inner} with {withheld} SMs withheld; keep one")
         if (most := max(self.link.partitions)) >= self.device.num_sms:
             raise ValueError(f"a partition of {most} SMs leaves none of {self.device.num_sms} to compute")
 
     def in_series(self) -> NodeSpec:
-        """The node as it runs one kernel over and over: nothing is switched between."""
-        return msgspec.structs.replace(self, device=self.device.with_switch(0.0))
+        """The node as it runs one kernel or collective over and over: nothing is switched, nobody is waited for."""
+        link = msgspec.structs.replace(self.link, join_us=0.0)
+        return msgspec.structs.replace(self, device=self.device.with_switch(0.0), link=link)
 
     @property
     def estimates(self) -> tuple[str, ...]:
@@ -262,7 +301,8 @@ class NodeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def numbers_digest(self) -> str:
         """A hash of the numbers alone: not of names, descriptions and sources."""
         contents = _without_defaults(self)
-        numbers = {section: contents[section] for section in ("device", "host", "link", "contention")}
+        sections = ("device", "host", "link", "contention", "gemms")
+        numbers = {section: contents[section] for section in sections if section in contents}
         return hashlib.sha256(msgspec.json.encode(numbers)).hexdigest()[:16]
 
 
@@ -312,4 +352,4 @@ def _numbers(raw: dict[str, Any]) -> list[str]:
                 names += [f"link.tables.{t['op']}.{t['ranks']}.{t['ctas']}{t.get('path', '')}" for t in value]
             elif not isinstance(value, str):
                 names.append(f"{section}.{key}")
-    return names
+    return [*names, "gemms"] if raw.get("gemms") else names

@@ -56,6 +56,10 @@ def describe(node: NodeSpec) -> list[str]:
                 lines += [line for table in value for line in _table(node, table)]
             else:
                 lines += _entry(node, f"{section}.{field}", _shown(value))
+    if node.gemms:
+        shapes = {(table.cols, table.inner) for table in node.gemms}
+        points = sum(len(table.rows) for table in node.gemms)
+        lines += _entry(node, "gemms", f"{len(shapes)} shapes, {points} times over rows and partitions")
     if node.fit is not None:
         lines += ["", *_fitted(node)]
     return [*lines, "", f"{len(node.estimates)} sources are estimates, marked with ~: nobody measured those numbers"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
 
 from calibration.compare import COMPUTE_ALONE
 from calibration.fit import About, fit_node, residuals_of
-from calibration.sequence import computes_of, fit_switch, sequence_us
+from calibration.holdout import UNMIXED
+from calibration.sequence import computes_of, fit_join, fit_switch, sequence_us
 from calibration.validate_two_batches import GraphWorld, cell_of
 from models.kernel import Kind
 from sim.cost import Costs
@@ -84,3 +87,29 @@ def test_a_switch_is_part_of_the_gaps() -> None:
     assert node_with(1.5).in_series() == BASE
     with pytest.raises(ValueError, match="switch_us"):
         msgspec.structs.replace(BASE.device, switch_us=BASE.device.graph_gap_us + 1.0).__post_init__()
+
+
+def cells(join_us: float, noise: float = 0.0) -> list[Measurement]:
+    """One forward pass after another, and its parts alone, on a node."""
+    truth = node_with(2.0)
+    truth = msgspec.structs.replace(truth, link=msgspec.structs.replace(truth.link, join_us=join_us))
+    world, rng, found = GraphWorld(truth), np.random.default_rng(5), []
+    for row in forwards(truth):
+        for schedule in UNMIXED:
+            where = Measurement("two_batches", row.at | {"schedule": schedule}, {"us": 1.0}, {}, 1)
+            us = world.makespan_us(cell_of(where, truth), schedule)[0] * (1.0 + noise * rng.standard_normal())
+            found.append(replace(where, values={"us": us}))
+    return found
+
+
+@pytest.mark.parametrize("join_us", [5.0, 15.0])
+def test_what_a_collective_waits_for_is_found_again(join_us: float) -> None:
+    found = fit_join(cells(join_us), BASE, 2.0, 0.0)
+    assert found.is_determined and found.value == pytest.approx(join_us, abs=1.5)
+    noisy = fit_join(cells(join_us, noise=0.005), BASE, 2.0, 0.0)
+    assert abs(noisy.value - found.value) <= 3.0 * noisy.error
+
+
+def test_without_cells_nothing_is_known_of_waits() -> None:
+    found = fit_join([], BASE, 2.0, 3.0)
+    assert not found.is_determined and found.value == 3.0

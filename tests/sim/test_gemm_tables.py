@@ -1,0 +1,91 @@
+"""GEMM shapes that were measured: the node says what was measured, and the model's word elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import sqrt
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.gemm_tables import gemm_tables
+from calibration.node_file import node_text
+from models.kernel import Kernel, gemm
+from policy.batch import TICK_US
+from sim.cost import Costs
+from sim.spec import GemmTable, NodeSpec, load_node
+from traces.measurement import Coordinates, Measurement
+
+BASE = load_node("h200-nvlink-x4")
+COLS, INNER = 7168, 1792
+ROWS, US = (16, 64, 256, 1024), (9.0, 11.0, 14.0, 40.0)
+
+
+def node(*tables: GemmTable) -> NodeSpec:
+    return msgspec.structs.replace(BASE, gemms=tables, sources=BASE.sources | {"gemms": "measured"})
+
+
+def table(**changes: object) -> GemmTable:
+    known = {"cols": COLS, "inner": INNER, "rows": ROWS, "us": US}
+    return msgspec.convert(known | changes, GemmTable)
+
+
+def us(of: NodeSpec, kernel: Kernel, withheld: int = 0) -> float:
+    return Costs(of).solo_us(kernel, withheld)
+
+
+@given(place=st.integers(0, len(ROWS) - 1))
+def test_a_measured_point_takes_what_it_took(place: int) -> None:
+    assert us(node(table()), gemm("fc1", ROWS[place], COLS, INNER)) == pytest.approx(US[place], abs=3 * TICK_US)
+
+
+def test_between_points_it_reads_and_beyond_them_it_keeps_the_ratio() -> None:
+    of = node(table())
+    assert us(of, gemm("fc1", 32, COLS, INNER)) == pytest.approx(sqrt(US[0] * US[1]), abs=3 * TICK_US)
+    last, beyond = gemm("fc1", ROWS[-1], COLS, INNER), gemm("fc1", 4096, COLS, INNER)
+    assert us(of, beyond) / us(BASE, beyond) == pytest.approx(US[-1] / us(BASE, last), rel=1e-3)
+
+
+def test_a_partition_has_its_own_table_or_the_whole_devices_ratio() -> None:
+    kernel = gemm("fc1", 256, COLS, INNER)
+    both = node(table(), table(withheld_sms=16, us=(10.0, 12.0, 25.0, 60.0)))
+    assert us(both, kernel, 16) == pytest.approx(25.0, abs=3 * TICK_US)
+    ratio = US[2] / us(BASE, kernel)
+    assert us(both, kernel, 32) == pytest.approx(ratio * us(BASE, kernel, 32), rel=1e-3)
+
+
+def test_other_shapes_pieces_and_precisions_are_the_models() -> None:
+    of = node(table())
+    piece = replace(gemm("fc1", 256, COLS, INNER), is_piece=True)
+    for kernel in (gemm("x", 256, COLS + 8, INNER), piece, gemm("fc1", 256, COLS, INNER, 4)):
+        assert us(of, kernel) == us(BASE, kernel)
+
+
+def test_a_fit_makes_tables_of_what_it_sees_and_they_survive_a_file() -> None:
+    gap = BASE.device.graph_gap_us
+    at: Coordinates = {"name": "fc1", "cols": COLS, "inner": INNER, "withheld_sms": 0, "element_bytes": 2}
+    rows = [Measurement("gemm", at | {"rows": r}, {"us": t + gap}, {}, 5) for r, t in zip(ROWS, US, strict=True)]
+    rows.append(Measurement("gemm", at | {"name": "fc2", "rows": ROWS[0]}, {"us": 2.0 + US[0] + gap}, {}, 5))
+    [found] = gemm_tables(rows, BASE)
+    assert found.rows == ROWS and found.us == pytest.approx((US[0] + 1.0, *US[1:]))
+    of = node(found)
+    import tomllib
+
+    again = msgspec.convert(tomllib.loads(node_text(of)), NodeSpec)
+    assert again == of and again.digest == of.digest != BASE.digest
+    assert again.numbers_digest != BASE.numbers_digest
+
+
+@pytest.mark.parametrize(("change", "words"), [({"rows": (16, 64)}, "times"), ({"rows": (16, 64, 64, 70)}, "increase")])
+def test_a_wrong_table_is_told(change: dict[str, object], words: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=words):
+        table(**change)
+
+
+def test_two_tables_of_one_shape_are_told() -> None:
+    raw = msgspec.to_builtins(node(table()))
+    raw["gemms"] = [*raw["gemms"], *raw["gemms"]]
+    with pytest.raises(msgspec.ValidationError, match="two GEMM tables"):
+        msgspec.convert(raw, NodeSpec)
