@@ -49,7 +49,7 @@ from policy.scheduler import OVERLAPPING, POLICIES, Admission, Scheduler
 from traces.request import Request
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MAX_SHAPES_FORESEEN = 20
+MAX_SHAPES_FORESEEN, MAX_SHAPES_AHEAD = 20, 40
 # SM partitions that are tried out before a run.
 MOST_REHEARSED = 3
 
@@ -125,9 +125,9 @@ class Session:
 
     def _rehearse(self, opened: Opened) -> None:
         """Make and capture what the run will want, as far as that can be known."""
-        run, device, shapes = opened.run, opened.device, opened.shapes
+        run, device, shapes = opened.run, opened.device, shapes_ahead(opened.run.requests, opened.run.options)
         captures = device.parts.graphs is not None
-        regimes = _regimes(run, opened.profile, shapes)
+        regimes = _regimes(run, opened.profile, opened.shapes)
         if regimes is not None and captures:
             used = [regime for regime in regimes if regime.overlap]
             capture_ranges(device, shapes, sorted({r.withheld_sms for r in used}), sorted({r.max_ctas for r in used}))
@@ -348,3 +348,10 @@ def shapes_of(requests: Sequence[Request], options: Options) -> tuple[BatchShape
     count = min(options.batch_size, len(requests))
     shapes = {shape_of((request,), options).padded_len for request in requests}
     return tuple(BatchShape(count, length) for length in sorted(shapes))
+
+
+def shapes_ahead(requests: Sequence[Request], options: Options) -> tuple[BatchShape, ...]:
+    """The shapes to prepare for: part-filled batches too, unless there are too many; the largest last."""
+    full = shapes_of(requests, options)
+    every = [BatchShape(count, shape.padded_len) for count in range(1, full[-1].num_sequences + 1) for shape in full]
+    return tuple(every) if len(every) <= MAX_SHAPES_AHEAD else full

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from executor.session import shapes_ahead
 from executor.warm_up import ranges_ahead
 from models.config import MODELS
 from models.transformer import BatchShape, Layout, function_vector
+from policy.options import Options
 from policy.round import Lane
+from traces.request import Request
 
 MOST = 450
 
@@ -37,3 +40,12 @@ def test_deep_models_get_whole_runs_and_shallow_ones_their_parts(name: str, laye
     assert any(span[0] not in begins for key, span in found if key.lane is Lane.COMPUTE and key.withheld_sms) == (
         layers == 4
     )
+
+
+def test_part_filled_batches_are_prepared_for_too_unless_there_are_too_many() -> None:
+    requests = [Request(number, 0.0, length) for number, length in enumerate((16, 20, 64))]
+    found = shapes_ahead(requests, Options(batch_size=2, pad_to=16))
+    assert set(found) == {BatchShape(count, length) for count in (1, 2) for length in (16, 32, 64)}
+    assert found[-1] == BatchShape(2, 64)
+    many = [Request(number, 0.0, 16 * (number + 1)) for number in range(30)]
+    assert {shape.num_sequences for shape in shapes_ahead(many, Options(batch_size=2, pad_to=16))} == {2}
