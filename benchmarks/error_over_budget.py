@@ -16,24 +16,23 @@ from joblib import Parallel, delayed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.refit import DATA, SUFFIX, SURVEYS
+from benchmarks.refit import DATA, SURVEYS, parts_of
 from calibration.fit import CLASSES, DELAY, fit_node, residuals_of
-from sim.spec import load_node
 from traces.files import write_whole
-from weft.calibrate_command import on_machine, read_folders
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
-COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#7b4b94", "#8d96a3", "#2e4057")
+COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#7b4b94", "#8d96a3", "#2e4057", "#00798c")
 Curves = dict[str, dict[str, list[float | None]]]
 
 
 def held_out_errors(survey: str, base: str, share: float, *, pairs: bool) -> dict[str, float]:
     """Mean absolute error (per cent) by class on all held-out rows, of a fit to the first rows."""
-    conditions, rows, about = read_folders([DATA / survey], base + SUFFIX)
-    rows = [row for row in rows if pairs or row.what != "pair"]
-    node = fit_node(rows[: max(1, round(share * len(rows)))], on_machine(load_node(base), conditions[0]), about).node
+    parts, known, about = parts_of(DATA / survey, base)
+    parts = [[row for row in part if pairs or row.what != "pair"] for part in parts]
+    first = [row for part in parts for row in part[: max(1, round(share * len(part)))]]
+    node = fit_node(first, known, about).node
     errors: dict[str, list[float]] = {}
-    for residual in residuals_of(node, rows):
+    for residual in residuals_of(node, [row for part in parts for row in part]):
         if residual.is_held_out and residual.kind != DELAY:
             errors.setdefault(residual.kind, []).append(100.0 * abs(residual.error))
     return {kind: fmean(found) for kind, found in errors.items()}

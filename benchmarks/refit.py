@@ -9,13 +9,13 @@ import argparse
 from pathlib import Path
 
 from calibration.compare import forward_rows
-from calibration.fit import KERNELS, Fit, fit_node
+from calibration.fit import KERNELS, About, Fit, fit_node
 from calibration.node_file import write_node
 from calibration.plots import write_plots
 from calibration.report import lines_of
-from sim.spec import load_node
+from sim.spec import NodeSpec, load_node
 from traces.files import write_whole
-from traces.measurement import read_measurements
+from traces.measurement import Measurement, read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +31,18 @@ SUFFIX = "-fitted"
 
 def fitted(folder: Path, base: str) -> Fit:
     """The fit to a survey's collectives, pairs and host costs, to the kernels under load, and to whole forwards."""
+    parts, node, about = parts_of(folder, base)
+    return fit_node([row for part in parts for row in part], node, about)
+
+
+def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec, About]:
+    """What a fit sees, in the order in which it was measured: of the survey, of the kernels, of whole forwards; the
+    base node, and where all of it comes from."""
     conditions, rows, about = read_folders([folder, DATA / KERNELS_FROM], base + SUFFIX)
     num_first = len(read_measurements(folder)[1])
-    rows = [row for number, row in enumerate(rows) if number >= num_first or row.what not in KERNELS]
-    rows += forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
-    return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
+    survey = [row for row in rows[:num_first] if row.what not in KERNELS]
+    forwards = forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
+    return [survey, rows[num_first:], forwards], on_machine(load_node(base), conditions[0]), about
 
 
 def main() -> None:

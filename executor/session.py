@@ -127,7 +127,8 @@ class Session:
         """Make and capture what the run will want, as far as that can be known."""
         run, device, shapes = opened.run, opened.device, shapes_ahead(opened.run.requests, opened.run.options)
         captures = device.parts.graphs is not None
-        regimes = _regimes(run, opened.profile, opened.shapes)
+        foreseen = shapes if len(shapes) <= MAX_SHAPES_FORESEEN else opened.shapes
+        regimes = _regimes(run, opened.profile, foreseen)
         if regimes is not None and captures:
             used = [regime for regime in regimes if regime.overlap]
             capture_ranges(device, shapes, sorted({r.withheld_sms for r in used}), sorted({r.max_ctas for r in used}))

@@ -60,6 +60,7 @@ def test_every_number_has_a_source_and_every_source_a_number(name: str) -> None:
     numbers = {f"{part}.{key}" for part in ("device", "host", "link", "contention") for key, value in raw[part].items()
                if not isinstance(value, str) and key != "tables"}  # fmt: skip
     numbers |= {f"link.tables.{t['op']}.{t['ranks']}.{t['ctas']}{t.get('path', '')}" for t in raw["link"]["tables"]}
+    numbers |= {"gemms"} if "gemms" in raw else set()
     sources = raw["sources"]
     unexplained = [n for n in numbers if not any(n == s or n.startswith(f"{s}.") for s in sources)]
     stale = [s for s in sources if not any(n == s or n.startswith(f"{s}.") for n in numbers)]
