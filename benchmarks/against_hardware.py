@@ -1,4 +1,4 @@
-"""Simulated serving beside what was measured on 4 x H200, and beside the published artifact's. Prints Markdown.
+"""Simulated serving beside what was measured on 4 and 2 x H200, and beside the published artifact's. Prints Markdown.
 
 python benchmarks/against_hardware.py                 # fitted nodes
 python benchmarks/against_hardware.py --suffix ""     # the nodes before they were fitted
@@ -29,7 +29,8 @@ from sim.spec import NodeSpec, load_node
 from traces.metrics import metrics
 from traces.request import Request
 
-DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-21"
+DATA = Path(__file__).parent / "data"
+SERVED = ("h200-x4-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/deep.jsonl")
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
 TP4 = Layout(4, 1)
 KEYS = ("request_throughput", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms")
@@ -44,18 +45,21 @@ ARTIFACT_BATCHES = 131
 
 
 def served(
-    node: NodeSpec, name: str, layers: int, policy: str, requests: tuple[Request, ...], pad_to: int
-) -> dict[str, Any]:
+    node: NodeSpec, name: str, layers: int, policy: str, requests: tuple[Request, ...], pad_to: int,
+    layout: Layout = TP4,
+) -> dict[str, Any]:  # fmt: skip
     """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
     model = replace(MODELS[name], num_layers=layers, vocab_size=0)
-    scheduler = Scheduler(policy, Options(pad_to=pad_to), profile_of(node), Vectors(model, TP4))
-    return metrics(Simulation(node, TP4, scheduler, Fidelity()).run(list(requests)))
+    scheduler = Scheduler(policy, Options(pad_to=pad_to), profile_of(node), Vectors(model, layout))
+    return metrics(Simulation(node, layout, scheduler, Fidelity()).run(list(requests)))
 
 
 def measured() -> Iterator[dict[str, Any]]:
     """The rows of serving that were measured last."""
-    for line in (DATA / "serving.jsonl").read_text().splitlines():
-        yield json.loads(line)
+    for name in SERVED:
+        for line in (DATA / name).read_text().splitlines():
+            if "policy" in (row := json.loads(line)):
+                yield row
 
 
 def main() -> None:
@@ -64,13 +68,14 @@ def main() -> None:
     parser.add_argument("--suffix", default="-fitted", help="of the nodes' names")
     suffix = parser.parse_args().suffix
     nodes = {mode: load_node(name + suffix) for mode, name in NODES.items()}
-    print("| link, model × layers, policy | offered | batches/s | mean ms | P50 | P90 | P99 |")
+    print("| GPUs, link, model × layers, policy | offered | batches/s | mean ms | P50 | P90 | P99 |")
     print("|---|---|---|---|---|---|---|")
     for row in measured():
         requests = twins(arrivals(row["num_requests"] // 2, row["rate"]))
-        found = served(nodes[row["mode"]], row["model"], row["num_layers"], row["policy"], requests, row["pad_to"])
+        layout, node = Layout(*row["layout"]), nodes[row["mode"]]
+        found = served(node, row["model"], row["num_layers"], row["policy"], requests, row["pad_to"], layout)
         cells = [_beside(row[key], found[key], 2.0 if key == "request_throughput" else 1.0) for key in KEYS]
-        name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
+        name = f"{layout.tp}, {row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
         print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
     print("\n| link, model × layers | artifact's tensor parallelism | artifact, repaired |\n|---|---|---|")
     for mode, model, layers, tensor, artifact in ARTIFACT:

@@ -101,8 +101,13 @@ def _panels(
 
 
 def _whole(cells: Cells, model: str) -> dict[Cell, Schedules]:
-    chosen = [cell for cell, found in cells.items() if cell.model == model and all(name in found for name in DRAWN)]
-    return {cell: cells[cell] for cell in sorted(chosen, key=lambda cell: cell.rows)}
+    """A model's cells of one source and depth, of those that have the most: points of two would make no curve."""
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell, found in cells.items():
+        if cell.model == model and all(name in found for name in DRAWN):
+            groups.setdefault((cell.source, cell.num_layers), []).append(cell)
+    most = max(groups.values(), key=len, default=[])
+    return {cell: cells[cell] for cell in sorted(most, key=lambda cell: cell.rows)}
 
 
 def _curves(axes: Axes, cells: Cells, series: Mapping[str, Series]) -> None:

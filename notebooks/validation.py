@@ -86,7 +86,9 @@ for schedule in ("compute alone", "comm alone", "serial", "policy"):
 #
 # The same on hardware, over batch sizes, models and link modes, with up to a dozen schedules each. The gap between one
 # batch after the other and the longer of its two parts (all computation, all communication) is the most that
-# interleaving can win; the best schedule shows how much of it the hardware gave.
+# interleaving can win; the best schedule shows how much of it the hardware gave. Pictures show each model as it was
+# measured most completely, which was the first time; since then collectives over NVLink have become faster
+# (`docs/hardware.md`). Tables hold all measurements.
 
 # %%
 validations = []
