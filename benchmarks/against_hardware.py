@@ -42,15 +42,25 @@ ARTIFACT = (
     ("host-staged", "opt-30b", 48, 41.8, 59.6),
 )
 ARTIFACT_BATCHES = 131
+# Choices that were measured instead of the policy's own.
+LEVERS: dict[str, dict[str, Any]] = {
+    "tensor parallelism": {}, "interleaved, as chosen": {},
+    "24 SMs withheld, 8 CTAs": {"partition": 24, "comm_ctas": 8},
+    "32 SMs withheld, 8 CTAs": {"partition": 32, "comm_ctas": 8},
+    "no partition, 8 CTAs": {"partition": 0, "comm_ctas": 8},
+    "no partition, NCCL's own CTAs": {"partition": 0, "comm_ctas": 0},
+}  # fmt: skip
+LEVER_BATCHES, LEVER_RATE = 300, 1500.0
 
 
 def served(
     node: NodeSpec, name: str, layers: int, policy: str, requests: tuple[Request, ...], pad_to: int,
-    layout: Layout = TP4,
+    layout: Layout = TP4, **forced: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
     model = replace(MODELS[name], num_layers=layers, vocab_size=0)
-    scheduler = Scheduler(policy, Options(pad_to=pad_to), profile_of(node), Vectors(model, layout))
+    options = Options(pad_to=pad_to, adaptive=not forced, **forced)
+    scheduler = Scheduler(policy, options, profile_of(node), Vectors(model, layout))
     return metrics(Simulation(node, layout, scheduler, Fidelity()).run(list(requests)))
 
 
@@ -63,7 +73,7 @@ def measured() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Both tables."""
+    """All tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suffix", default="-fitted", help="of the nodes' names")
     suffix = parser.parse_args().suffix
@@ -77,6 +87,15 @@ def main() -> None:
         cells = [_beside(row[key], found[key], 2.0 if key == "request_throughput" else 1.0) for key in KEYS]
         name = f"{layout.tp}, {row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
         print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
+    print("\n| link, model × layers | choice | batches/s |\n|---|---|---|")
+    for line in (DATA / "h200-x4-2026-11-21" / "levers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if (forced := LEVERS.get(row["variant"])) is not None:
+            requests = twins(arrivals(LEVER_BATCHES, LEVER_RATE))
+            policy = "tensor" if row["variant"] == "tensor parallelism" else "interleaved"
+            found = served(nodes[row["mode"]], row["model"], row["num_layers"], policy, requests, 16, **forced)
+            rate = _beside(2.0 * row["batch_throughput"], found["request_throughput"], 2.0)
+            print(f"| {row['mode']}, {row['model']} × {row['num_layers']} | {row['variant']} | {rate} |")
     print("\n| link, model × layers | artifact's tensor parallelism | artifact, repaired |\n|---|---|---|")
     for mode, model, layers, tensor, artifact in ARTIFACT:
         requests = twins(arrivals(ARTIFACT_BATCHES, float("inf")))

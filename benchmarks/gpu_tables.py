@@ -65,13 +65,39 @@ def levers(rows: list[dict[str, Any]]) -> None:
               f"| {row['num_rounds']} | {row['host_synchronize_fraction']:.0%} |")  # fmt: skip
 
 
+def plane(rows: list[dict[str, Any]]) -> None:
+    """P50 and P90 of every policy over the rates."""
+    rates = sorted({row["rate"] for row in rows if "policy" in row})
+    print(f"| link, policy | {' | '.join(f'{rate:.0f}/s' for rate in rates)} |")
+    print("|---" * (1 + len(rates)) + "|")
+    for mode, policy in dict.fromkeys((row["mode"], row["policy"]) for row in rows if "policy" in row):
+        by_rate = {row["rate"]: row for row in rows if (row["mode"], row.get("policy")) == (mode, policy)}
+        cells = [f"{by_rate[r]['median_e2el_ms']:.0f}, {by_rate[r]['p90_e2el_ms']:.0f}" for r in rates]
+        print(f"| {mode}, {policy} | {' | '.join(cells)} |")
+
+
+def ablation(rows: list[dict[str, Any]]) -> None:
+    """What each lever is worth."""
+    rows = [row for row in rows if "lever" in row]
+    everything = next((row["batch_throughput"] for row in rows if row["lever"] == "all"), 0.0)
+    print("| without | batches/s | of all | P99 ms | rounds | host waits for the GPU |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        rate, waits = row["batch_throughput"], row["host_synchronize_fraction"]
+        print(f"| {row['lever']} | {rate:.1f} | {rate / everything:.1%} | {row['p99_e2el_ms']:.0f} "
+              f"| {row['num_rounds']} | {waits:.0%} |")  # fmt: skip
+
+
 TABLES = {
     "correct": correct,
     "forward": forward,
     "second-forward": forward,
     "serving": serving,
     "second-serving": serving,
+    "deep": serving,
     "levers": levers,
+    "ablation": ablation,
+    "plane": plane,
 }
 
 
@@ -81,8 +107,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=DATA)
     folder = parser.parse_args().folder
     for name, table in TABLES.items():
-        print(f"\n## {name}\n")
-        table([row for path in sorted(folder.glob(f"{name}*.jsonl")) for row in rows_of(path)])
+        if rows := [row for path in sorted(folder.glob(f"{name}*.jsonl")) for row in rows_of(path)]:
+            print(f"\n## {name}\n")
+            table(rows)
 
 
 if __name__ == "__main__":
