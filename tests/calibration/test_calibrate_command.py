@@ -96,3 +96,22 @@ def test_old_and_foreign_measurements_are_said(tmp_path: Path, capsys: pytest.Ca
     assert "foreign: the measurements are of NVIDIA A100-SXM4-80GB" in said
     assert "stale: the measurements are" in said
     assert "unfinished" in said
+
+
+def test_kernels_of_one_gpu_go_with_the_links_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    surveyor, out = Surveyor(truth()), tmp_path / "mine.toml"
+    staged = {"link_mode": "host-staged", "environment": {"NCCL_P2P_DISABLE": "1"}}
+    links = survey(tmp_path / "links", surveyor.collectives(), **staged)
+    kernels = survey(tmp_path / "kernels", surveyor.gemms((16, 256, 1024), cuts=(1,)), num_gpus=1)
+    assert main(["calibrate", str(links), str(kernels), "--out", str(out)]) == 0
+    load_node.cache_clear()
+    node = load_node(str(out))
+    assert node.fit is not None and node.fit.measurements.keys() == {"links", "kernels"}
+    assert node.fit.conditions["link_mode"] == "host-staged"
+    # GEMM shapes that the fit saw are in the node, and are shown to whoever asks for it.
+    assert node.gemms and main(["nodes", str(out)]) == 0
+    assert f"{len({(t.cols, t.inner) for t in node.gemms})} shapes" in capsys.readouterr().out
+    several = survey(tmp_path / "several", surveyor.gemms((64,), cuts=(1,)))
+    assert "link_mode" in mistake(capsys, links, several, "--out", out)
+    other = survey(tmp_path / "other", surveyor.gemms((64,), cuts=(1,)), num_gpus=1, gpu="NVIDIA A100")
+    assert "gpu is" in mistake(capsys, links, other, "--out", out)

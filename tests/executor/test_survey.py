@@ -116,6 +116,9 @@ def test_a_kind_that_fails_is_skipped_with_its_reason_and_the_others_are_there(t
         (["--ranks", "0"], "--ranks 0 is not possible"),
         (["--ranks", "3"], "cannot be divided over 3 ranks"),
         (["--link-mode", "host-staged"], "host-staged needs nccl"),
+        (["--ranks", "2", "--tp", "4"], "--tp 4 is not possible with --ranks 2"),
+        (["--ranks", "1", "--tp", "0"], "--tp 0 is not possible"),
+        (["--ranks", "1", "--tp", "3"], "cannot be divided over 3 ranks"),
     ],
 )
 def test_mistakes_are_one_line(
