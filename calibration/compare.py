@@ -66,10 +66,9 @@ def read_sources(path: Path, node: NodeSpec) -> list[Source]:
     """
     if path.is_dir() and (path / CONDITIONS).is_file():
         known, rows = read_measurements(path)
-        beliefs = _beliefs(path)
-        return [
-            Source(str(path), tuple(with_cuts(rows)), known.link_mode, known.gpu, known.date, known.finished, beliefs)
-        ]
+        mode = known.link_mode if known.num_gpus > 1 else ""  # one GPU has no links
+        rows = with_cuts(rows)
+        return [Source(str(path), tuple(rows), mode, known.gpu, known.date, known.finished, _beliefs(path))]
     files = sorted(path.glob("forward*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: neither a folder of measurements (no {CONDITIONS}) nor one with forward*.jsonl")

@@ -95,8 +95,7 @@ validations = []
 for name, survey in NODES.items():
     node = load_node(name)
     links = [replace(s, rows=tuple(r for r in s.rows if r.what not in KERNELS)) for s in read_sources(survey, node)]
-    # Of one GPU, which has no links.
-    kernels = [replace(source, link_mode="") for source in read_sources(KERNELS_FROM, node)]
+    kernels = read_sources(KERNELS_FROM, node)
     forwards = [source for path in FORWARDS for source in read_sources(path, node)]
     sources = [replace(s, rows=tuple(r for r in s.rows if r.at.get("rows", 0) <= LARGEST_ROWS))
                for s in (*links, *kernels, *forwards)]  # fmt: skip
