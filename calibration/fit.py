@@ -73,13 +73,14 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A fitted node. `estimates` by section and name, the undetermined ones among them; `notes` on choices."""
+    """A fitted node. `estimates` by section and name, the undetermined ones among them; `choices`: what was chosen
+    among whole numbers or models instead of estimated, in words, by the device's field."""
 
     node: NodeSpec
     estimates: dict[str, dict[str, Estimate]]
     tables: tuple[TableFit, ...]
     residuals: tuple[Residual, ...]
-    notes: tuple[str, ...]
+    choices: dict[str, str]
 
     def held_out_error(self, kind: str) -> float | None:
         """Mean absolute error (share) of a class on what the fit did not see; None if nothing of it was held out."""
@@ -102,13 +103,13 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     for row in measurements:
         if not is_held_out(row):
             seen.setdefault(row.what, []).append(row)
-    node, estimates, notes = _fit_device(seen, base, rng)
+    node, estimates, choices = _fit_device(seen, base, rng)
     node = msgspec.structs.replace(node, gemms=gemm_tables(seen.get("gemm", []), base))
     tables = fit_tables(seen.get("collective", []), base.link, base.device.graph_gap_us)
     node = msgspec.structs.replace(node, link=_with_tables(node.link, tables, measurements))
     host, estimates["host"] = fit_host(seen.get("host", []), base.host)
     node = _rounded(msgspec.structs.replace(node, host=host))
-    pairs = fit_pairs(seen.get("pair", []), node)
+    before, pairs = node.device, fit_pairs(seen.get("pair", []), node)
     tables = [
         replace(fit, table=table, note=fit.note if table.ctas == fit.table.ctas else DEFAULT_CTAS)
         for fit, table in zip(tables, pairs.node.link.tables, strict=False)
@@ -123,7 +124,10 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     link = msgspec.structs.replace(pairs.node.link, join_us=join.value)
     node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None, device=device, link=link))
     residuals = tuple(residuals_of(node, measurements))
-    fit = Fit(node, estimates, tuple(tables), residuals, tuple(notes))
+    if wave := node.device.gemm_wave_ctas:
+        by_pairs = ", for pairs are explained best so" if wave != before.gemm_wave_ctas else ""
+        choices["gemm_wave_ctas"] = f"the GEMM library fills a wave with {wave} CTAs{by_pairs}"
+    fit = Fit(node, estimates, tuple(tables), residuals, choices)
     node = msgspec.structs.replace(
         node,
         description=_described(known, about),
@@ -133,29 +137,26 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
             ranges=_ranges(seen, tables), digest=node.numbers_digest,
         ),
     )  # fmt: skip
-    return Fit(node, estimates, tuple(tables), residuals, tuple(notes))
+    return Fit(node, estimates, tuple(tables), residuals, choices)
 
 
 def _fit_device(
     seen: dict[str, list[Measurement]], base: NodeSpec, rng: np.random.Generator
-) -> tuple[NodeSpec, dict[str, dict[str, Estimate]], list[str]]:
-    device, estimates, notes = base.device, dict[str, Estimate](), list[str]()
+) -> tuple[NodeSpec, dict[str, dict[str, Estimate]], dict[str, str]]:
+    device, estimates, choices = base.device, dict[str, Estimate](), dict[str, str]()
     if len(rows := seen.get("gemm", [])) >= FEWEST_ROWS:
         gemms = fit_gemms(rows, device, rng)
         device, estimates = gemms.device, dict(gemms.estimates)
-        notes.append(f"GEMM tiles: {gemms.library}")
+        choices["gemm_tiles"] = f"GEMM tiles: {gemms.library}"
         sees = "for the SMs that a partition leaves" if device.gemm_sees_partition else "for the whole device"
-        notes.append(f"GEMM tiles are chosen {sees} ({gemms.partition})")
-        if device.partition_step or device.gemm_wave_ctas:
-            notes.append(
-                f"partitions come in steps of {device.partition_step or 1} SMs, and the GEMM library fills a wave with "
-                f"{device.gemm_wave_ctas or device.num_sms} CTAs"
-            )
+        choices["gemm_sees_partition"] = f"GEMM tiles are chosen {sees} ({gemms.partition})"
+        if device.partition_step:
+            choices["partition_step"] = f"partitions come in steps of {device.partition_step} SMs"
     for what, fitted in (("elementwise", fit_elementwise), ("attention", fit_attention)):
         if len(rows := seen.get(what, [])) >= FEWEST_ROWS:
             others = fitted(rows, device)
             device, estimates = others.device, estimates | others.estimates
-    return msgspec.structs.replace(base, device=device), {"device": estimates}, notes
+    return msgspec.structs.replace(base, device=device), {"device": estimates}, choices
 
 
 def _with_tables(link: LinkSpec, fits: Sequence[TableFit], measurements: Sequence[Measurement]) -> LinkSpec:

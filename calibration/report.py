@@ -30,7 +30,7 @@ def lines_of(fit: Fit) -> list[str]:
         table = part.table
         name = f"{table.op}, {table.ranks} ranks, {table.ctas} CTAs"
         lines += _wrapped(f"{name:<34}{len(table.bytes):>12}{100.0 * part.error:>10.1f} %  ", part.note)
-    return [*lines, "", *(line for note in fit.notes for line in _wrapped("note: ", note))]
+    return [*lines, "", *(line for note in fit.choices.values() for line in _wrapped("note: ", note))]
 
 
 def data_of(fit: Fit) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def data_of(fit: Fit) -> dict[str, Any]:
             {"op": t.table.op, "ranks": t.table.ranks, "ctas": t.table.ctas, "standard_error": t.error, "note": t.note}
             for t in fit.tables
         ],
-        "notes": list(fit.notes),
+        "notes": list(fit.choices.values()),
         "residuals": [_residual(residual) for residual in fit.residuals],
     }
 

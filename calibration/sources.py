@@ -56,20 +56,21 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
         if not any(e.is_determined for e in tiles.values()):
             return _kept(base, key, "" if not tiles else "the fit left them as they were")
         numbers = ", ".join(f"{name} {_number(e)}" for name, e in tiles.items())
-        library = next((note for note in fit.notes if note.startswith("GEMM tiles: ")), "")
-        return f"{told}, {library}; {numbers}{_held_out(fit, 'gemm')}"
+        return f"{told}, {fit.choices['gemm_tiles']}; {numbers}{_held_out(fit, 'gemm')}"
     if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas"):
-        start = "GEMM tiles are chosen" if field == "gemm_sees_partition" else "partitions come"
-        note = next((note for note in fit.notes if note.startswith(start)), "")
-        determined = note and "no rows" not in note
-        return f"{told}, {note}" if determined else _kept(base, key, "no rows with withheld SMs")
+        choice = fit.choices.get(field, "")
+        determined = choice and "no rows" not in choice
+        return f"{told}, {choice}" if determined else _kept(base, key, "no rows with withheld SMs")
     if field == "operations":
         parts = {name: e for name, e in estimates.items() if name.endswith((" start_us", " traffic"))}
         if not any(e.is_determined for e in parts.values()):
             return _kept(base, key, "")
         numbers = ", ".join(f"{name} {_number(e)}" for name, e in sorted(parts.items()))
         return f"{told}, {numbers}{_held_out(fit, 'elementwise')}{_held_out(fit, 'attention')}"
-    kind = "gemm" if field in GEMM_FIELDS else field.partition("_")[0]
+    if field in ("kernel_gap_us", "graph_gap_us") and fit.node.device.switch_us != base.device.switch_us:
+        return f"{_base(base, key)}; changed by the fit of switch_us, which is part of it"
+    kinds = dict.fromkeys(GEMM_FIELDS, "gemm") | {"switch_us": "sequence"}
+    kind = kinds.get(field, field.partition("_")[0])
     return _source(estimates.get(field), base, key, told, _held_out(fit, kind))
 
 

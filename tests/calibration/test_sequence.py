@@ -73,7 +73,8 @@ def test_the_fitted_node_says_passes_and_series_alike() -> None:
     assert node.device.graph_gap_us == pytest.approx(BASE.device.graph_gap_us + node.device.switch_us)
     errors = [abs(r.error) for r in residuals_of(node, rows) if r.kind == "sequence"]
     assert len(errors) == len(forwards(truth)) and np.median(errors) < 0.03
-    assert "sequence" in node.sources["device.switch_us"] or "forward" in node.sources["device.switch_us"]
+    assert "forward passes without collectives" in node.sources["device.switch_us"]
+    assert node.sources["device.graph_gap_us"].endswith("changed by the fit of switch_us, which is part of it")
 
 
 def test_a_pass_alone_takes_as_long_in_the_level_above() -> None:
