@@ -116,7 +116,12 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     ]
     traffic = pairs.estimates.pop("hbm_per_byte")
     estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
-    switch = fit_switch(seen.get(SEQUENCE, []), measurements, pairs.node, known.device.switch_us)
+    switch = fit_switch(
+        seen.get(SEQUENCE, []),
+        [row for what in KERNELS for row in seen.get(what, [])],
+        pairs.node,
+        known.device.switch_us,
+    )
     estimates["device"][SWITCH] = switch
     join = fit_join(seen.get("two_batches", []), pairs.node, switch.value, known.link.join_us)
     estimates["link"][JOIN] = join

@@ -41,8 +41,7 @@ STEPS, STEP = (0, 2, 4, 8, 16), 8
 FEWEST_WHOLE, MOST_FOR_SEARCH, SEARCH_SEED = 20, 400, 1
 KNOWN_US = 0.25  # a time per kernel that is known so well is known, even if it is nothing
 KNOWN_SHARE = 0.1
-# 1 / gemm_overlap_order: smooth where the order goes to infinity, which is perfect overlap and written as 0.
-MOST_OVERLAP = 0.7
+MOST_OVERLAP = 0.7  # of 1 / gemm_overlap_order
 ROW_LOSS, COL_LOSS = "tile row loss", "tile column loss"
 Tiles = tuple[tuple[int, int, float], ...]
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
+from models.config import MODELS
 from models.kernel import Kernel, Kind, collective, elementwise, gemm
+from models.transformer import BatchShape, layer_kernels
 
 if TYPE_CHECKING:
     from traces.measurement import Coordinates, Measurement
+
+# Numbers of tensor-parallel ranks on which models are measured.
+RANKS = (1, 2, 4, 8, 16)
 
 
 def kernel_of(measurement: Measurement) -> Kernel:
@@ -28,22 +34,42 @@ def kernel_of(measurement: Measurement) -> Kernel:
     raise ValueError(f"a measurement of {what!r} is not one of a kernel")
 
 
+Shape = tuple[str, int, int]
+
+
 def with_cuts(rows: Sequence[Measurement]) -> list[Measurement]:
-    """The rows of one survey, with `cut` in GEMMs that are pieces: of the same name and inner dimension, there are some
-    with a multiple of their columns."""
-    whole: dict[tuple[str, int], int] = {}
-    for row in rows:
-        if row.what == "gemm":
-            key = str(row.at["name"]), int(row.at["inner"])
-            whole[key] = max(whole.get(key, 0), int(row.at["cols"]))
-    found = []
-    for row in rows:
-        if row.what == "gemm" and "cut" not in row.at:
-            most, cols = whole[str(row.at["name"]), int(row.at["inner"])], int(row.at["cols"])
-            if most > cols and most % cols == 0:
-                row = replace(row, at={**row.at, "cut": most // cols})
-        found.append(row)
-    return found
+    """The rows of one survey, with `cut` in GEMMs that are pieces and do not say so: those that are no whole kernel of
+    a known model, but share name and inner dimension with one that has a multiple of their columns. Of a name and inner
+    dimension of which no model knows, those with the most columns are whole."""
+    silent = {_shape_of(row) for row in rows if row.what == "gemm" and "cut" not in row.at}
+    # One survey is of one number of ranks: the one on which most of it is whole.
+    whole = max((silent & _whole_shapes(tp) for tp in RANKS), key=len)
+    named = {(name, inner) for name, _, inner in whole}
+    for name, cols, inner in silent:
+        if (name, inner) not in named and cols == max(c for n, c, i in silent if (n, i) == (name, inner)):
+            whole.add((name, cols, inner))
+    return [_with_cut(row, whole) if row.what == "gemm" and "cut" not in row.at else row for row in rows]
+
+
+def _with_cut(row: Measurement, whole: set[Shape]) -> Measurement:
+    name, cols, inner = _shape_of(row)
+    of = sorted(c for n, c, i in whole if (n, i) == (name, inner) and c > cols and c % cols == 0)
+    return replace(row, at={**row.at, "cut": of[0] // cols}) if of and (name, cols, inner) not in whole else row
+
+
+def _shape_of(row: Measurement) -> Shape:
+    return str(row.at["name"]), int(row.at["cols"]), int(row.at["inner"])
+
+
+@cache
+def _whole_shapes(tp: int) -> frozenset[Shape]:
+    """Name, columns and inner dimension of every known model's GEMMs on so many ranks."""
+    found: set[Shape] = set()
+    for model in MODELS.values():
+        if not (model.num_heads % tp or model.ffn_size % tp):
+            kernels = layer_kernels(model, BatchShape(1, 16), tp)
+            found |= {(k.name, k.cols, k.inner) for k in kernels if k.kind is Kind.GEMM}
+    return frozenset(found)
 
 
 def collective_of(measurement: Measurement) -> Kernel:

@@ -19,7 +19,6 @@ from traces.measurement import Coordinates, Measurement
 
 KNOWN_US, KNOWN_CTA_US, KNOWN_SHARE = 0.25, 0.1, 0.1
 EFFICIENCY, PER_CTA, ORDER = "attention_efficiency", "attention_cta_us", "attention_overlap_order"
-# 1 / order, which is smooth where the overlap becomes perfect (order 0).
 # A kernel may be many launches, or move every operand several times; beyond this something else is wrong.
 MOST_START_US, LEAST_TRAFFIC, MOST_TRAFFIC = 1e4, 0.05, 50.0
 

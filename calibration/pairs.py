@@ -65,7 +65,7 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     estimates: dict[str, Estimate] = {}
     traffic = base.link.hbm_per_byte
     if usable:
-        if len({ctas_of(row) for row in usable}) > 1:
+        if 0 in (counts := {ctas_of(row) for row in usable}) and len(counts) > 1:
             base = _with_counts(_in_proportion(base), usable)
         estimates = dict(solve(_problem(usable, base, _parameters(usable, base))).estimates)
         if per := base.contention.per_ctas:
@@ -105,7 +105,9 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     known = {ctas_of(row) for row in rows} - {0}
     some = [row for row in rows if not ctas_of(row)]
     op, ranks = str(some[0].at["op"]), int(some[0].at["num_ranks"])
-    usual = base.link.default_ctas or max(t.ctas for t in base.link.tables if (t.op, t.ranks) == (op, ranks))
+    tables = {t.ctas for t in base.link.tables if (t.op, t.ranks) == (op, ranks)}
+    # The base may have called its default by another number than the tables that were fitted since.
+    usual = base.link.default_ctas if base.link.default_ctas in tables else max(tables)
     device, found = base.device, list[tuple[float, int, int, NodeSpec]]()
     waves = {device.gemm_wave_ctas, *(device.num_sms - left for left in LEFT_BY_WAVES if base.gemms)}
     for ctas, wave in product(sorted({usual, *DEFAULTS} - known), sorted(waves)):

@@ -19,7 +19,7 @@ from calibration.kernels import kernel_of, withheld_of
 from calibration.solve import Estimate
 from models.config import MODELS
 from models.kernel import Kernel, Kind
-from models.transformer import BatchShape, Layout, function_vector
+from models.transformer import ELEMENT_BYTES, BatchShape, Layout, function_vector
 from sim.cost import Costs
 from sim.spec import NodeSpec
 from traces.measurement import Coordinates, Measurement
@@ -98,11 +98,13 @@ def _beside_parts(batches: Iterable[Measurement], node: NodeSpec) -> Iterator[Re
         if all(name in rows for name in UNMIXED):
             serial, *alone = (rows[name].values["us"] for name in UNMIXED)
             at = {"num_ranks": node.num_gpus} | rows[UNMIXED[0]].at
-            yield serial / 2.0, sum(alone), sum(kernel.is_communication for kernel in _kernels_of(at))
+            if count := sum(kernel.is_communication for kernel in _kernels_of(at)):
+                yield serial / 2.0, sum(alone), count
 
 
 def _kernels_of(at: Coordinates) -> tuple[Kernel, ...]:
-    if str(at["model"]) not in MODELS:
+    """Of a model that is known, in half precision, in which models are described; otherwise none."""
+    if str(at["model"]) not in MODELS or int(at.get("element_bytes", ELEMENT_BYTES)) != ELEMENT_BYTES:
         return ()
     model = replace(MODELS[str(at["model"])], num_layers=int(at["num_layers"]))
     shape = BatchShape(int(at["rows"]) // int(at["length"]), int(at["length"]))
@@ -116,5 +118,5 @@ def _is_whole_device(row: Measurement) -> bool:
 def _identity(kernel: Kernel) -> Hashable:
     """The same for kernels that take equally long."""
     if kernel.kind is Kind.GEMM:
-        return kernel.kind, kernel.rows, kernel.cols, kernel.inner
+        return kernel.kind, kernel.rows, kernel.cols, kernel.inner, kernel.element_bytes, kernel.is_piece
     return kernel.kind, kernel.name, kernel.variant, round(kernel.flops), round(kernel.bytes_moved)

@@ -79,7 +79,7 @@ class Inputs:
         return unseen((r for s in self.sources for r in s.rows if r.what in parts), all_rows=self.all_rows)
 
     def two_batches(self) -> list[Measurement]:
-        """Rows of two batches; no fit sees those."""
+        """Rows of two batches; a fit sees few of them, and of those no overlap."""
         return [row for source in self.sources for row in source.rows if row.what == "two_batches"]
 
 

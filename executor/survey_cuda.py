@@ -26,8 +26,8 @@ from policy.round import Lane
 GRAPH_US = 800.0
 LEAST_CALLS, MOST_CALLS = 6, 40
 REPLAYS, REPLAYS_OF_LONG = 7, 5
-# A GPU that computes reaches its power limit after some tens of milliseconds and lowers its clock: from 1980 MHz to
-# between 1230 and 1650 in 80 ms of GEMMs of 128 rows or more. A GPU that serves is in that state, so kernels are too.
+# A GPU that computes reaches its power limit after some tens of milliseconds and lowers its clock: from 1980 MHz, in
+# 80 ms of GEMMs of 128 rows or more, mostly to 1230-1650. A GPU that serves is in that state, so kernels are too.
 RUN_IN_US = 60_000.0
 # The host issues all replays meanwhile, so that the device never waits for it.
 HEAD_START_US = 250.0

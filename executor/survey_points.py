@@ -159,7 +159,7 @@ class Shapes:
         """A GEMM, or one of the pieces that it is cut into by output features."""
         kernel = self.kernel(name, self.batch(name, rows))
         return {"name": name, "rows": rows, "cols": kernel.cols // cut, "inner": kernel.inner,
-                "withheld_sms": withheld, "element_bytes": self.item_bytes}  # fmt: skip
+                "withheld_sms": withheld, "element_bytes": self.item_bytes, "cut": cut}  # fmt: skip
 
     def elementwise(self, name: str, rows: int, withheld: int) -> Coordinates:
         """A norm, activation, rotation or look-up."""
@@ -182,7 +182,7 @@ class Shapes:
         """All compute kernels of a forward pass, one after the other."""
         config = self.config
         return {"model": config.model_id, "num_layers": config.num_layers, "rows": rows, "length": min(rows, SEQUENCE),
-                "num_ranks": self.num_ranks}  # fmt: skip
+                "num_ranks": self.num_ranks, "element_bytes": self.item_bytes}  # fmt: skip
 
     def _bytes(self, kernel: Kernel) -> int:
         return round(kernel.bytes_moved * self.item_bytes / ELEMENT_BYTES)

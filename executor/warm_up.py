@@ -67,17 +67,29 @@ def capture_ranges(
     """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, runs of
     compute kernels on both lanes, all-reduces; of a model with few layers and shapes every part of a run as well. Equal
     on all ranks: collectives are inside."""
-    places = list(product(range(len(device.parts.slots)), shapes))
-    for number, shape in places:
-        batch = _made_up(device, shape, number)
-        # What a larger batch left in the slot would be out of range.
-        _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
-        for key, span in ranges_ahead(batch.vectors[device.stage], withheld, MOST_AHEAD // len(places)):
-            _at_once(device, key, device.replay(batch, key, span, 0))
-        for operation in islice(_all_reduces(device.bound(number, shape)), 1):  # all layers sum the same buffer
-            for count in ctas:
-                _at_once(device, COMM_KEY, device.replay_collective(operation, None, count))
+    left = MOST_AHEAD
+    full = [shape for shape in shapes if shape.num_sequences == shapes[-1].num_sequences]
+    for some in (full, [shape for shape in shapes if shape not in full]):  # part-filled batches get what is left
+        places = list(product(range(len(device.parts.slots)), some))
+        most = left // max(1, len(places))
+        left -= sum(_capture(device, *place, withheld, ctas, most) for place in places)
     device.parts.lanes.drain()
+
+
+def _capture(
+    device: Device, number: int, shape: BatchShape, withheld: Sequence[int], ctas: Sequence[int], most: int
+) -> int:
+    """A shape's ranges in one slot, and its all-reduce; how many ranges."""
+    batch = _made_up(device, shape, number)
+    # What a larger batch left in the slot would be out of range.
+    _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
+    ranges = ranges_ahead(batch.vectors[device.stage], withheld, most)
+    for key, span in ranges:
+        _at_once(device, key, device.replay(batch, key, span, 0))
+    for operation in islice(_all_reduces(device.bound(number, shape)), 1):  # all layers sum the same buffer
+        for count in ctas:
+            _at_once(device, COMM_KEY, device.replay_collective(operation, None, count))
+    return len(ranges)
 
 
 def _all_reduces(operations: Sequence[Operation]) -> Iterator[Collective]:

@@ -55,7 +55,8 @@ class Kernel:
     `rows`, `cols`, `inner` are a GEMM's m, n, k on this rank. `flops` counts a multiply-add as two;
     `bytes_moved` is HBM traffic with every operand touched once; `message_bytes` is a collective's payload
     per rank (nccl-tests convention) or the bytes that a send or receive carries. `num_ranks` is the size of the group.
-    `is_piece`: computes some columns of a wider result, which do not lie together in memory. `variant`: which of the
+    `is_piece`: computes some columns of a wider result, which do not lie together in memory; of a collective, a chunk
+    behind the first. `variant`: which of the
     programs of that name it is, where models have different norms or activations.
     """
 
@@ -99,7 +100,7 @@ class Kernel:
             low, high = part.bounds(self.message_bytes // self.element_bytes)
             if low == high:
                 raise ValueError(f"{self.name}: {self.message_bytes} bytes cannot be cut into {part.of} chunks")
-            return replace(self, message_bytes=(high - low) * self.element_bytes)
+            return replace(self, message_bytes=(high - low) * self.element_bytes, is_piece=part.start > 0)
         low, high = part.bounds(self.rows if part.axis == "rows" else self.cols)
         if low == high:
             raise ValueError(f"{self.name}: {part.axis} of {self.rows}x{self.cols} cannot be cut into {part.of}")

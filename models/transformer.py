@@ -79,7 +79,6 @@ class Layout:
             raise ValueError(f"{config.model_id}: {config.num_layers} layers cannot fill {self.pp} stages")
 
 
-# Where a kernel of a layer sits; the executor binds the same names to tensors.
 # What the families' norms and activations are called; each is a program of its own.
 NORMS = {"opt": "layer norm", "glm": "deep norm", "llama": "rms norm"}
 ACTIVATIONS = {

@@ -264,7 +264,7 @@ class Costs:
         if (cost := self._alone.get(key)) is None:
             if kernel.is_communication:
                 us = self.table(kernel, max_ctas, path).at(kernel.message_bytes)
-                joins = kernel.kind in (Kind.ALL_REDUCE, Kind.ALL_GATHER)
+                joins = kernel.kind in (Kind.ALL_REDUCE, Kind.ALL_GATHER) and not kernel.is_piece
                 cost = up_to_grid(on_grid(us + self.node.link.join_us * joins))
             else:
                 slots = partition_sms(self.device, withheld_sms)

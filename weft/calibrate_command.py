@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             "not measured stays that of the base (--base)"
         )
     cautions += _stale(about)
-    fit = fit_node(rows, on_machine(base, conditions[0]), about, args.seed)
+    fit = fit_node(rows, on_machine(base, several(conditions)), about, args.seed)
     print("\n".join(lines_of(fit)))
     for caution in cautions:
         print(f"caution: {caution}")
@@ -77,20 +77,27 @@ def read_folders(folders: list[Path], name: str) -> tuple[list[Conditions], list
     hashes: dict[str, str] = {}
     for folder in folders:
         found, some = read_measurements(folder)
-        if conditions and (why := _difference(conditions[0], found)):
-            raise ValueError(f"{folder}: not of the same machine as {folders[0]}: {why}; calibrate them apart")
+        for other, known in zip(folders, conditions, strict=False):
+            if why := _difference(known, found):
+                raise ValueError(f"{folder}: not of the same machine as {other}: {why}; calibrate them apart")
         if folder.resolve().name in hashes:
             raise ValueError(f"{folder}: two folders of that name; give each a name of its own")
         conditions.append(found)
         rows += some
         path = folder / ROWS
         hashes[folder.resolve().name] = hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()
-    first = conditions[0]
+    # What is said of links is what those said that have some.
+    first = several(conditions)
     told = {"link_mode": first.link_mode, "num_gpus": str(first.num_gpus), "driver": first.driver,
             "torch": first.torch, "nccl": first.nccl, "dtype": first.dtype, "weft": first.weft}  # fmt: skip
     # The oldest rows decide how old the fit is.
     measured = min((c.date for c in conditions if c.date), default="")
     return conditions, rows, About(name, measured[:10] or "undated", first.gpu, told | first.environment, hashes)
+
+
+def several(conditions: list[Conditions]) -> Conditions:
+    """The first that are of several GPUs, which say what links there are; the first if none are."""
+    return next((c for c in conditions if c.num_gpus > 1), conditions[0])
 
 
 def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:

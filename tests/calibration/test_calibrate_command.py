@@ -112,6 +112,10 @@ def test_kernels_of_one_gpu_go_with_the_links_of_several(tmp_path: Path, capsys:
     assert node.gemms and main(["nodes", str(out)]) == 0
     assert f"{len({(t.cols, t.inner) for t in node.gemms})} shapes" in capsys.readouterr().out
     several = survey(tmp_path / "several", surveyor.gemms((64,), cuts=(1,)))
-    assert "link_mode" in mistake(capsys, links, several, "--out", out)
+    assert "link_mode" in mistake(capsys, kernels, links, several, "--out", out)
+    assert main(["calibrate", str(kernels), str(links), "--out", str(out)]) == 0
+    load_node.cache_clear()
+    assert load_node(str(out)).fit == node.fit
+    assert capsys.readouterr()
     other = survey(tmp_path / "other", surveyor.gemms((64,), cuts=(1,)), num_gpus=1, gpu="NVIDIA A100")
     assert "gpu is" in mistake(capsys, links, other, "--out", out)

@@ -11,9 +11,10 @@ import pytest
 from calibration.compare import COMPUTE_ALONE
 from calibration.fit import About, fit_node, residuals_of
 from calibration.holdout import UNMIXED
+from calibration.kernels import with_cuts
 from calibration.sequence import computes_of, fit_join, fit_switch, sequence_us
 from calibration.validate_two_batches import GraphWorld, cell_of
-from models.kernel import Kind
+from models.kernel import Fragment, Kind, collective
 from sim.cost import Costs
 from sim.spec import NodeSpec, load_node
 from traces.measurement import Coordinates, Measurement
@@ -114,3 +115,34 @@ def test_what_a_collective_waits_for_is_found_again(join_us: float) -> None:
 def test_without_cells_nothing_is_known_of_waits() -> None:
     found = fit_join([], BASE, 2.0, 3.0)
     assert not found.is_determined and found.value == 3.0
+
+
+def test_models_that_nobody_knows_and_other_precisions_are_left_out() -> None:
+    unknown = [replace(row, at=row.at | {"model": "mine"}) for row in cells(5.0)]
+    assert not fit_join(unknown, BASE, 2.0, 0.0).is_determined
+    mixed = fit_join([*cells(5.0), *unknown], BASE, 2.0, 0.0)
+    assert mixed == fit_join(cells(5.0), BASE, 2.0, 0.0)
+    single = [replace(row, at=row.at | {"element_bytes": 4}) for row in forwards(node_with(2.0))]
+    assert not computes_of(single[0])
+    assert not fit_switch(single, [], BASE, 0.0).is_determined
+
+
+def test_chunks_behind_the_first_do_not_wait_again() -> None:
+    waiting = Costs(msgspec.structs.replace(BASE, link=msgspec.structs.replace(BASE.link, join_us=10.0)))
+    whole = collective("sum", Kind.ALL_REDUCE, 1 << 20, 4)
+    chunks = [whole.fragment(Fragment("chunks", number, number + 1, 4)) for number in range(4)]
+    extra = [waiting.solo_us(chunk) - Costs(BASE).solo_us(chunk) for chunk in chunks]
+    assert extra == pytest.approx([10.0, 0.0, 0.0, 0.0], abs=0.1)
+
+
+def test_pieces_are_told_from_whole_kernels_of_other_models() -> None:
+    shapes = {("fc2", 7168, 7168): 1, ("fc2", 3584, 7168): 2, ("fc2", 8192, 7168): 1, ("fc2", 4096, 7168): 2,
+              ("fc1", 16384, 12288): 1, ("fc1", 12288, 12288): 1, ("fc1", 6144, 12288): 2,
+              ("mine", 1000, 64): 1, ("mine", 500, 64): 2}  # fmt: skip
+    rows = [
+        Measurement("gemm", {"name": name, "rows": 64, "cols": cols, "inner": inner}, {"us": 1.0}, {}, 1)
+        for name, cols, inner in shapes
+    ]
+    assert [row.at.get("cut", 1) for row in with_cuts(rows)] == list(shapes.values())
+    said = Measurement("gemm", rows[1].at | {"cut": 1}, {"us": 1.0}, {}, 1)
+    assert with_cuts([rows[0], said])[1] is said
