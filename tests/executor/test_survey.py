@@ -149,7 +149,7 @@ def test_every_kernel_of_a_model_is_measured_in_its_own_shape(config: Any) -> No
         if kernel.kind is Kind.GEMM:
             # 256 rows are on the grid; the head has a row per sequence.
             at: Coordinates = {"name": kernel.name, "rows": kernel.rows, "cols": kernel.cols, "inner": kernel.inner,
-                  "withheld_sms": 0, "element_bytes": 2}  # fmt: skip
+                  "withheld_sms": 0, "element_bytes": 2, "cut": 1}  # fmt: skip
             assert point_key("gemm", at) in {point.key for point in points["gemm"]}
         elif not kernel.is_communication:
             rows = 2 if kernel.name == "final_norm" else 256
