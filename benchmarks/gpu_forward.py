@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from executor.cuda import elapsed_us, new_event
+from executor.cuda import replay_us
 from executor.inputs import tokens_of
 from executor.lanes import StreamKey
 from executor.session import Opened, Session
@@ -114,17 +114,11 @@ def _timed(session: Session, variants: dict[str, Any]) -> dict[str, float]:
 
 
 def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
-    """Microseconds a replay."""
+    """Microseconds a replay, all ranks at once."""
     torch.cuda.synchronize()
     dist.barrier()
     torch.cuda.synchronize()
-    start, end = new_event(timing=True), new_event(timing=True)
-    start.record()
-    for _ in range(count):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return elapsed_us(start, end) / count
+    return replay_us(graph, count)
 
 
 def _difference(opened: Opened, variants: dict[str, Any]) -> float | None:

@@ -10,7 +10,7 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from executor.cuda import elapsed_us, new_event, new_stream, settle
+from executor.cuda import new_stream, replay_us, settle
 from executor.graphs import capture
 from executor.inputs import tokens_of
 from executor.kernels import bind
-from executor.operations import Collective, ComputeKernel
+from executor.operations import Collective, ComputeKernel, Operation
 from executor.slots import Slot
+from executor.survey_bed import batch_of
+from executor.warm_up import made_up_requests
 from executor.weights import make_weights
 from models.config import MODELS
+from models.kernel import FunctionVector
 from models.transformer import BatchShape, Layout, function_vector
 from policy.batch import Batch
-from traces.request import Request
 
 # One of four ranks' kernels: no collective is called.
-LAYOUT, LENGTH, LARGEST = Layout(4, 1), 64, BatchShape(32, 64)
+LAYOUT, LARGEST = Layout(4, 1), BatchShape(32, 64)
 CELLS = (("opt-30b", 48, (16, 64, 128, 256, 512, 1024, 2048)), ("glm-130b", 24, (16, 128, 512, 2048)))
 GEMMS = frozenset({"gemm"})
 OTHERS = frozenset({"elementwise", "attention"})
+# What holds several kernels of each layer.
+ROWS = ("whole", "gemms", "others")
 ROW_MS, KERNEL_MS, IDLE_S = 250.0, 100.0, 0.05
 
 
@@ -95,47 +99,48 @@ class Bench:
         return graph
 
     def _replays(self, graph: torch.cuda.CUDAGraph, count: int) -> float:
-        start, end = new_event(timing=True), new_event(timing=True)
         with torch.cuda.stream(self.stream):
-            start.record()
-            for _ in range(count):
-                graph.replay()
-            end.record()
-        end.synchronize()
-        return elapsed_us(start, end) / count
+            return replay_us(graph, count)
+
+
+def parts_of(vector: FunctionVector, operations: Sequence[Operation]) -> dict[str, list[ComputeKernel]]:
+    """The compute kernels of a forward pass by what is timed together: all, each name of a layer, GEMMs and others."""
+    found = [(k, op) for k, op in zip(vector.kernels, operations, strict=True) if not isinstance(op, Collective)]
+    parts = {"whole": [op for _, op in found]}
+    for name in dict.fromkeys(k.name for k in vector.layer if not k.is_communication):
+        parts[name] = [op for k, op in found if k.name == name]
+    for part, kinds in (("gemms", GEMMS), ("others", OTHERS)):
+        parts[part] = [op for k, op in found if k.kind.value in kinds]
+    return parts
+
+
+def cells(bench: Bench, device: torch.device, name: str, layers: int, many_rows: Sequence[int]) -> Iterator[Any]:
+    """The lines of one model."""
+    config = replace(MODELS[name], num_layers=layers)
+    weights = make_weights(config, LAYOUT, 0, device, torch.float16, 1)
+    slot = Slot.allocate(config, LAYOUT, 0, LARGEST, device, torch.float16)
+    settle(device)
+    for rows in many_rows:
+        shape = batch_of(rows)
+        vector = function_vector(config, shape, LAYOUT, 0)
+        batch = Batch(0, made_up_requests(shape), shape, (vector,), 0.0, 0)
+        slot.load(shape, slot.pack(shape, *tokens_of(batch, config, 1)))
+        for part, kernels in parts_of(vector, bind(config, LAYOUT, 0, weights, slot, shape)).items():
+            times = bench.times(kernels, ROW_MS if part == "whole" else KERNEL_MS)
+            each = layers if part in ROWS else len(kernels)
+            per_call = {key: times[key] / each for key in ("burst", "sustained")}
+            yield {"model": name, "rows": rows, "what": part, "n": len(kernels) / layers} | times | per_call
 
 
 def main() -> None:
     """Every cell, a line a kernel."""
-    device, bench = torch.device("cuda", 0), Bench(torch.device("cuda", 0), Driver())
+    device = torch.device("cuda", 0)
+    bench = Bench(device, Driver())
     with Path(sys.argv[1]).open("w") as file:
         for name, layers, many_rows in CELLS:
-            config = replace(MODELS[name], num_layers=layers)
-            weights = make_weights(config, LAYOUT, 0, device, torch.float16, 1)
-            slot = Slot.allocate(config, LAYOUT, 0, LARGEST, device, torch.float16)
-            settle(device)
-            for rows in many_rows:
-                shape = BatchShape(max(1, rows // LENGTH), min(rows, LENGTH))
-                vector = function_vector(config, shape, LAYOUT, 0)
-                operations = bind(config, LAYOUT, 0, weights, slot, shape)
-                requests = tuple(Request(number, 0.0, shape.padded_len) for number in range(shape.num_sequences))
-                batch = Batch(0, requests, shape, (vector,), 0.0, 0)
-                slot.load(shape, slot.pack(shape, *tokens_of(batch, config, 1)))
-                found = [(k, op) for k, op in zip(vector.kernels, operations, strict=True)
-                         if not isinstance(op, Collective)]  # fmt: skip
-                parts = {"whole": [op for _, op in found]}
-                for kernel in dict.fromkeys(k.name for k in vector.layer if not k.is_communication):
-                    parts[kernel] = [op for k, op in found if k.name == kernel]
-                for part, kinds in (("gemms", GEMMS), ("others", OTHERS)):
-                    parts[part] = [op for k, op in found if k.kind.value in kinds]
-                for part, kernels in parts.items():
-                    is_row = part in ("whole", "gemms", "others")
-                    times, per = bench.times(kernels, ROW_MS if part == "whole" else KERNEL_MS), len(kernels)
-                    each = layers if is_row else per
-                    line = {"model": name, "rows": rows, "what": part, "n": per / layers} | times
-                    line |= {key: times[key] / each for key in ("burst", "sustained")}
-                    file.write(json.dumps(line) + "\n")
-                    print(line, flush=True)
+            for line in cells(bench, device, name, layers, many_rows):
+                file.write(json.dumps(line) + "\n")
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

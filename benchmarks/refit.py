@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from calibration.compare import forward_rows
-from calibration.fit import KERNELS, About, Fit, fit_node
+from calibration.fit import About, Fit, fit_node
+from calibration.kernels import KERNELS
 from calibration.node_file import write_node
 from calibration.plots import write_plots
 from calibration.report import lines_of

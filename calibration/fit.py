@@ -14,20 +14,27 @@ from calibration.gemm import fit_gemms
 from calibration.gemm_tables import gemm_tables
 from calibration.holdout import is_held_out
 from calibration.host import fit_host
-from calibration.kernels import collective_of, ctas_of, has_priority, kernel_of, with_cuts, withheld_of
+from calibration.kernels import (
+    KERNELS,
+    SEQUENCE,
+    collective_of,
+    ctas_of,
+    has_priority,
+    kernel_of,
+    with_cuts,
+    withheld_of,
+)
 from calibration.memory import fit_attention, fit_elementwise
 from calibration.pairs import fit_pairs, is_simulated, race_row
-from calibration.sequence import JOIN, SWITCH, computes_of, fit_join, fit_switch, sequence_us
+from calibration.sequence import JOIN, SWITCH, fit_join, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
 from sim.spec import FitSpec, LinkSpec, NodeSpec
 from traces.measurement import Measurement
 
-KERNELS = ("gemm", "attention", "elementwise")
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"
-SEQUENCE = "sequence"
 CLASSES = (
     "gemm",
     PARTITIONED,
@@ -186,8 +193,9 @@ def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Re
             us = costs.solo_us(kernel_of(row), withheld_of(row)) + gap
             kind = PARTITIONED if row.what == "gemm" and withheld_of(row) else row.what
             found.append(Residual(kind, row, row.values["us"], us, held))
-        elif row.what == SEQUENCE and computes_of(row):
-            found.append(Residual(row.what, row, row.values["us"], sequence_us(in_turn, row), held))
+        elif row.what == SEQUENCE:
+            if us := sequence_us(in_turn, row):
+                found.append(Residual(row.what, row, row.values["us"], us, held))
         elif row.what == "collective" and is_simulated(row, node):
             us = costs.solo_us(collective_of(row), 0, ctas_of(row)) + gap
             found.append(Residual(row.what, row, row.values["us"], us, held))

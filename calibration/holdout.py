@@ -7,14 +7,15 @@ import hashlib
 from math import log2
 from typing import TYPE_CHECKING
 
-from calibration.kernels import label_of
+from calibration.compare import COMM_ALONE, COMPUTE_ALONE, SERIAL
+from calibration.kernels import SEQUENCE, label_of
 
 if TYPE_CHECKING:
     from traces.measurement import Measurement
 
 PARTS = 3
 # Schedules of two batches in which nothing runs beside anything else.
-UNMIXED = ("serial", "compute alone", "comm alone")
+UNMIXED = (SERIAL, COMPUTE_ALONE, COMM_ALONE)
 # Sizes of messages alternate: of 4 KiB, 8 KiB, 16 KiB, ... every third is held out. Residue 1 spares the usual ends
 # (512 bytes, 4 KiB, 64 MiB, 512 MiB), without which held-out points would lie outside the table that is fitted.
 HELD_OUT_OCTAVE = 1
@@ -30,8 +31,8 @@ def is_held_out(measurement: Measurement) -> bool:
         return measurement.at["schedule"] not in UNMIXED or _falls_out(("two_batches", *cell))
     if measurement.what == "collective":
         return round(log2(max(1.0, float(measurement.at["bytes"])))) % PARTS == HELD_OUT_OCTAVE
-    if measurement.what == "sequence":
-        return _falls_out(("sequence", str(measurement.at["model"]), int(measurement.at["rows"])))
+    if measurement.what == SEQUENCE:
+        return _falls_out((SEQUENCE, str(measurement.at["model"]), int(measurement.at["rows"])))
     if measurement.what == "pair" and _falls_out((*shape_identity(measurement), *_pair_identity(measurement))):
         return True
     return _falls_out(shape_identity(measurement))

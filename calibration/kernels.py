@@ -7,13 +7,15 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from models.config import MODELS
-from models.kernel import Kernel, Kind, collective, elementwise, gemm
-from models.transformer import BatchShape, layer_kernels
+from models.config import MODELS, ModelConfig
+from models.kernel import FunctionVector, Kernel, Kind, collective, elementwise, gemm
+from models.transformer import BatchShape, Layout, function_vector, layer_kernels
 
 if TYPE_CHECKING:
     from traces.measurement import Coordinates, Measurement
 
+# Rows of single compute kernels; of all of a forward pass's in a row.
+KERNELS, SEQUENCE = ("gemm", "attention", "elementwise"), "sequence"
 # Numbers of tensor-parallel ranks on which models are measured.
 RANKS = (1, 2, 4, 8, 16)
 
@@ -27,7 +29,7 @@ def kernel_of(measurement: Measurement) -> Kernel:
             return _compute(Kind(str(at["kind"])), str(at["compute"]), at)
         if what == "collective":
             return _collective(at)
-        if what in ("gemm", "attention", "elementwise"):
+        if what in KERNELS:
             return _compute(Kind(what), str(at["name"]), at)
     except KeyError as error:
         raise ValueError(f"a measurement of {what} lacks {error.args[0]!r}: {at}") from None
@@ -35,6 +37,13 @@ def kernel_of(measurement: Measurement) -> Kernel:
 
 
 Shape = tuple[str, int, int]
+
+
+def forward_pass(model: ModelConfig, at: Coordinates) -> FunctionVector:
+    """What each of `num_ranks` tensor-parallel ranks runs of a model's first `num_layers`, for a batch of `rows` in
+    sequences of `length`."""
+    shape = BatchShape(max(1, int(at["rows"]) // int(at["length"])), int(at["length"]))
+    return function_vector(replace(model, num_layers=int(at["num_layers"])), shape, Layout(int(at["num_ranks"]), 1))
 
 
 def with_cuts(rows: Sequence[Measurement]) -> list[Measurement]:

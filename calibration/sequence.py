@@ -9,17 +9,16 @@ before left in caches is of less use. A collective also waits for the slowest ra
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from math import sqrt
 
 import numpy as np
 
 from calibration.holdout import UNMIXED
-from calibration.kernels import kernel_of, withheld_of
+from calibration.kernels import forward_pass, kernel_of, withheld_of
 from calibration.solve import Estimate
 from models.config import MODELS
 from models.kernel import Kernel, Kind
-from models.transformer import ELEMENT_BYTES, BatchShape, Layout, function_vector
+from models.transformer import ELEMENT_BYTES
 from sim.cost import Costs
 from sim.spec import NodeSpec
 from traces.measurement import Coordinates, Measurement
@@ -27,7 +26,6 @@ from traces.measurement import Coordinates, Measurement
 SWITCH, JOIN = "switch_us", "join_us"
 # A sum of many kernels is off by about so much, whatever the switches.
 SUM_ERROR = 0.02
-KERNELS = ("gemm", "attention", "elementwise")
 
 
 def computes_of(row: Measurement) -> list[Kernel]:
@@ -72,7 +70,7 @@ def _each(name: str, rows: list[Rest], base: float, what: str) -> Estimate:
 
 
 def sequence_us(costs: Costs, row: Measurement) -> float:
-    """What a node says of a sequence; nothing of an unknown model."""
+    """What a node says of a sequence; 0 of one whose kernels are not known."""
     gap = costs.device.graph_gap_us
     return sum(costs.solo_us(kernel) + gap for kernel in computes_of(row))
 
@@ -80,7 +78,7 @@ def sequence_us(costs: Costs, row: Measurement) -> float:
 def _beside_kernels(sequences: Sequence[Measurement], kernels: Iterable[Measurement], node: NodeSpec) -> Iterator[Rest]:
     """Microseconds of a sequence, of its kernels in series of their own, and how many there are."""
     costs, gap = Costs(node), node.device.graph_gap_us
-    known = {_identity(kernel_of(row)): row.values["us"] for row in kernels if _is_whole_device(row)}
+    known = {_identity(kernel_of(row)): row.values["us"] for row in kernels if not withheld_of(row)}
     for row in sequences:
         if not (parts := computes_of(row)):
             continue
@@ -106,13 +104,7 @@ def _kernels_of(at: Coordinates) -> tuple[Kernel, ...]:
     """Of a model that is known, in half precision, in which models are described; otherwise none."""
     if str(at["model"]) not in MODELS or int(at.get("element_bytes", ELEMENT_BYTES)) != ELEMENT_BYTES:
         return ()
-    model = replace(MODELS[str(at["model"])], num_layers=int(at["num_layers"]))
-    shape = BatchShape(int(at["rows"]) // int(at["length"]), int(at["length"]))
-    return function_vector(model, shape, Layout(int(at["num_ranks"]), 1)).kernels
-
-
-def _is_whole_device(row: Measurement) -> bool:
-    return row.what in KERNELS and not withheld_of(row)
+    return forward_pass(MODELS[str(at["model"])], at).kernels
 
 
 def _identity(kernel: Kernel) -> Hashable:

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from calibration.collectives import DEFAULT_CTAS
+from calibration.kernels import SEQUENCE
 from calibration.solve import Estimate
 from sim.spec import NodeSpec, Table
 
@@ -69,7 +70,7 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
         return f"{told}, {numbers}{_held_out(fit, 'elementwise')}{_held_out(fit, 'attention')}"
     if field in ("kernel_gap_us", "graph_gap_us") and fit.node.device.switch_us != base.device.switch_us:
         return f"{_base(base, key)}; changed by the fit of switch_us, which is part of it"
-    kinds = dict.fromkeys(GEMM_FIELDS, "gemm") | {"switch_us": "sequence"}
+    kinds = dict.fromkeys(GEMM_FIELDS, "gemm") | {"switch_us": SEQUENCE}
     kind = kinds.get(field, field.partition("_")[0])
     return _source(estimates.get(field), base, key, told, _held_out(fit, kind))
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from calibration.holdout import is_held_out
-from calibration.kernels import ctas_of, has_priority, kernel_of, withheld_of
+from calibration.kernels import SEQUENCE, ctas_of, has_priority, kernel_of, withheld_of
 from calibration.pairs import race_row
-from calibration.sequence import computes_of, sequence_us
+from calibration.sequence import sequence_us
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_times
 from sim.cost import Costs
 from sim.spec import NodeSpec
@@ -16,7 +16,6 @@ from traces.measurement import Measurement
 
 LEVEL, PAIRS = "single kernels", "pairs"
 COMPUTE = Target(5.0)
-SEQUENCE = "sequence"
 TARGETS = {"gemm": COMPUTE, "attention": COMPUTE, "elementwise": COMPUTE, SEQUENCE: COMPUTE, "collective": Target(7.0)}
 PAIR = Target(10.0)
 COMPUTE_SIDE, COMM_SIDE, DELAY = "compute slowdown", "comm slowdown", "start delay"
@@ -64,9 +63,8 @@ def compare_kernels(node: NodeSpec, rows: Iterable[Measurement], told: Callable[
         told()
         measured, spread = row.values["us"], row.spread.get("us")
         if row.what == SEQUENCE:
-            if computes_of(row):
-                point = Point(LEVEL, label_of(row), measured, sequence_us(in_turn, row), spread)
-                found.add(row.what, str(row.at["model"]), point)
+            if us := sequence_us(in_turn, row):
+                found.add(row.what, str(row.at["model"]), Point(LEVEL, label_of(row), measured, us, spread))
             else:
                 found.leave_out(f"no model is known as {row.at['model']}")
             continue

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import msgspec
 
 from calibration.compare import COMM_ALONE, COMPUTE_ALONE, PLAIN, PLAN, POLICY, SERIAL, Source, normalised, partition_of
+from calibration.kernels import forward_pass
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_share
 from calibration.validate_ranking import LEVEL, Cell, ranking_lines
 from models.config import load_model
 from models.kernel import FunctionVector
-from models.transformer import BatchShape, Layout, function_vector
+from models.transformer import Layout
 from policy.batch import State
 from policy.options import Options
 from policy.profile import Profile
@@ -140,8 +141,7 @@ def options_of(schedule: str, cell: Cell) -> Options | None:
 
 def vector_of(cell: Cell) -> FunctionVector:
     """What one batch of a cell runs on every rank."""
-    model = replace(load_model(cell.model), num_layers=cell.num_layers)
-    return function_vector(model, BatchShape(cell.num_sequences, cell.length), Layout(cell.num_ranks, 1))
+    return forward_pass(load_model(cell.model), asdict(cell))
 
 
 def run_plan(

@@ -22,6 +22,7 @@ from executor.settings import RunSettings
 from executor.slots import Slot
 from executor.survey_bench import Bench, Body, Row
 from executor.survey_points import SEQUENCE, Grid, Point, Shapes
+from executor.two_batches import one_by_one
 from executor.warm_up import made_up_requests, run_through
 from executor.weights import make_weights
 from models.kernel import Fragment, Kernel
@@ -128,12 +129,7 @@ class Bed:
         vector = function_vector(self.shapes.config, shape, self.shapes.layout)
         guess = sum(guess_us(kernel) for kernel in vector.kernels if not kernel.is_communication)
         computes = [op for op in self.device.bound(0, shape) if not isinstance(op, Collective)]
-
-        def forward() -> None:
-            for operation in computes:
-                operation(None)
-
-        return Row({"us": bench.compute(0, [forward], guess)})
+        return Row({"us": bench.compute(0, [one_by_one(self.groups, computes)], guess)})
 
     # -- two batches ------------------------------------------------------------------------------------------------
 

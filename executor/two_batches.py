@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from executor.groups import Groups
 from executor.lanes import StreamKey
 from executor.operations import Collective, Operation
 from executor.session import Opened
@@ -20,16 +21,17 @@ Body = Callable[[], None]
 def only(opened: Opened, *, comm: bool) -> Body:
     """The collectives of one forward pass, or everything else."""
     operations = opened.device.bound(0, opened.shapes[-1])
-    return _in_order(opened, [op for op in operations if isinstance(op, Collective) == comm])
+    return one_by_one(opened.device.parts.groups, [op for op in operations if isinstance(op, Collective) == comm])
 
 
 def serially(opened: Opened) -> Body:
     """Both batches, one after the other on one stream: plain tensor parallelism."""
-    return _in_order(opened, [op for slot in (0, 1) for op in opened.device.bound(slot, opened.shapes[-1])])
+    operations = [op for slot in (0, 1) for op in opened.device.bound(slot, opened.shapes[-1])]
+    return one_by_one(opened.device.parts.groups, operations)
 
 
-def _in_order(opened: Opened, operations: Sequence[Operation]) -> Body:
-    groups = opened.device.parts.groups
+def one_by_one(groups: Groups, operations: Sequence[Operation]) -> Body:
+    """Operations in their order, on the current stream."""
 
     def body() -> None:
         for operation in operations:

@@ -56,8 +56,8 @@ class Kernel:
     `bytes_moved` is HBM traffic with every operand touched once; `message_bytes` is a collective's payload
     per rank (nccl-tests convention) or the bytes that a send or receive carries. `num_ranks` is the size of the group.
     `is_piece`: computes some columns of a wider result, which do not lie together in memory; of a collective, a chunk
-    behind the first. `variant`: which of the
-    programs of that name it is, where models have different norms or activations.
+    behind the first. `variant`: which of the programs of that name it is, where models have different norms or
+    activations.
     """
 
     name: str

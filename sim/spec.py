@@ -163,10 +163,15 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             return self.us[0]
         if size >= self.bytes[-1]:
             return self.us[-1] * size / self.bytes[-1]
-        i = bisect_right(self.bytes, size)
-        low, high = log(self.bytes[i - 1]), log(self.bytes[i])
-        share = (log(size) - low) / (high - low)
-        return exp(log(self.us[i - 1]) * (1 - share) + log(self.us[i]) * share)
+        return _between(self.bytes, self.us, size)
+
+
+def _between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
+    """What a table says of a size inside it: between two points straight in logarithms."""
+    i = bisect_right(sizes, size)
+    low, high = log(sizes[i - 1]), log(sizes[i])
+    share = (log(size) - low) / (high - low)
+    return exp(log(us[i - 1]) * (1 - share) + log(us[i]) * share)
 
 
 class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -189,12 +194,7 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def at(self, rows: int) -> float:
         """Time at so many rows, which must lie within the table: between two points straight in logarithms."""
-        place = bisect_right(self.rows, rows) - 1
-        if self.rows[place] == rows:
-            return self.us[place]
-        low, high = self.rows[place], self.rows[place + 1]
-        share = log(rows / low) / log(high / low)
-        return exp((1.0 - share) * log(self.us[place]) + share * log(self.us[place + 1]))
+        return self.us[self.rows.index(rows)] if rows in self.rows else _between(self.rows, self.us, rows)
 
 
 class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
