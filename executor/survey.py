@@ -28,7 +28,7 @@ from executor.survey_batches import measure_batches
 from executor.survey_bed import Bed
 from executor.survey_bench import Bench, CpuBench, Row
 from executor.survey_host import Host
-from executor.survey_lead import Lead, Skipped, make_tasks
+from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
 from executor.survey_pairs import Pairs
 from executor.survey_points import CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
@@ -39,12 +39,13 @@ MOST_WORDS = 300
 
 
 class Orders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the ranks are told besides the settings: seconds to measure, the version of the program, and of how many
-    tensor-parallel ranks the settings' models are one's part."""
+    """What the ranks are told besides the settings: seconds to measure, the version of the program, of how many
+    tensor-parallel ranks the settings' models are one's part, and which kinds are wanted (none named: all)."""
 
     budget_s: float
     weft: str = ""
     num_shards: int = 1
+    kinds: tuple[str, ...] = ()
 
 
 def survey(session: Session, orders: Orders) -> None:
@@ -94,7 +95,11 @@ class Keeper:
         log = MeasurementLog(Path(settings.output), conditions_of(session, orders))
         models = {run.model.model_id: shapes_of(run, orders.num_shards) for run in settings.runs}
         grid = grid_of(session)
-        tasks = make_tasks(models, grid, settings.num_ranks, on_gpu=on_gpu)
+        tasks = [
+            task
+            for task in make_tasks(models, grid, settings.num_ranks, on_gpu=on_gpu)
+            if task.what in (orders.kinds or SHARES)
+        ]
         lead = Lead(tasks, log.rows, models, grid, orders.budget_s, time.monotonic)
         if settings.num_ranks < 2:
             why = "they need two ranks or more"

@@ -129,7 +129,7 @@ class CudaBench:
                     raise
                 self.refused[withheld_sms] = " ".join(str(error).split())[:200]
             else:
-                self._run_in(graph, estimate_us * count)
+                self.run_in(graph, estimate_us * count)
                 return self.replayed(graph, REPLAYS if estimate_us * count < 2.0 * GRAPH_US else REPLAYS_OF_LONG)
         turn = [calls[number % len(calls)] for number in range(count)]
         key = StreamKey(Lane.COMPUTE, withheld_sms)
@@ -140,8 +140,9 @@ class CudaBench:
         from then on is equally long on all."""
         return self.replayed(self.captured(self.comm_stream(), [call], count, "comm"), REPLAYS_OF_LONG)
 
-    def _run_in(self, graph: Captured, estimate_us: float) -> None:
-        for _ in range(math.ceil(RUN_IN_US / estimate_us)):
+    def run_in(self, graph: Captured, estimate_us: float, us: float = RUN_IN_US) -> None:
+        """Keep the device busy for so long with a computation of about `estimate_us`; no rank waits for another."""
+        for _ in range(math.ceil(us / estimate_us)):
             graph.replay()
 
     def replayed(self, graph: Captured, replays: int) -> Sample:

@@ -20,6 +20,8 @@ from traces.measurement import Coordinates, point_key
 
 # Each side alone takes about this long; the time in which both run is what counts.
 PAIR_US = 2500.0
+# What is timed lets the device rest in between; so long a computation before each makes up for that.
+KEEP_WARM_US = 10_000.0
 LEAST_CALLS, MOST_CALLS = 2, 100
 RACES = 4
 # A collective arrives so far into a compute kernel, in shares of what the kernel takes: another phase every time.
@@ -59,6 +61,7 @@ class Pairs:
         at = point.at
         comm = self._comm(int(at["bytes"]), int(at["ctas"]), int(at["priority"]))
         compute = self._compute(at)
+        self.bench.run_in(compute, PAIR_US)
         alone = self.bench.alone_us(compute), self.bench.alone_us(comm.many)
         each = alone[0] / compute.calls, alone[1] / comm.many.calls
         slow = [shares(self._race(compute, comm), alone, each) for _ in range(RACES)]
@@ -106,6 +109,7 @@ class Pairs:
         each comes first, and a pause in which the hosts issue the rest."""
         start, ends = new_event(timing=True), (new_event(timing=True), new_event(timing=True))
         torch.cuda.synchronize()
+        self._keep_warm(compute, comm)
         with torch.cuda.stream(comm.many.stream):
             comm.single.graph.replay()
             hold(round(HEAD_START_US * self.bench.cycles_per_us))
@@ -118,11 +122,19 @@ class Pairs:
         first, second = (max(0.01, elapsed_us(start, end) - self.bench.replay_us) for end in ends)
         return first, second
 
+    def _keep_warm(self, compute: Captured, comm: Comm) -> None:
+        """Computation before what comes next on the collective's stream."""
+        warm = new_event()
+        self.bench.run_in(compute, compute.alone_us, KEEP_WARM_US)
+        warm.record(compute.stream)
+        comm.many.stream.wait_event(warm)
+
     def _delays_us(self, compute: Captured, comm: Comm, call_us: float) -> list[float]:
         """How much longer a lone collective takes, from ready to end, where computation runs when it arrives."""
         pauses = [PAUSE_US + phase * call_us for phase in PHASES]
         needed_us = sum(pauses) + len(pauses) * 2.0 * comm.single_us
         repeats = min(MOST_REPEATS, 1 + math.ceil(needed_us / self.bench.alone_us(compute)))
+        self.bench.run_in(compute, compute.alone_us, KEEP_WARM_US)
         # All ranks must arrive equally often, so those that came too late count as well where none came in time.
         taken = self._arrive(comm.single, pauses, compute, repeats)
         return [max(0.0, us - comm.single_us) for us in taken]

@@ -203,7 +203,9 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
     of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
     the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
-    takes behind computation than behind another collective, for which all ranks were there.
+    takes behind computation than behind another collective, for which all ranks were there. `cluster_ctas`: CTAs of a
+    collective start in clusters of so many (0: one by one), which must lie close together: `scattered_sms` of the SMs
+    that are free lie too far apart for that.
     """
 
     kind: str
@@ -214,6 +216,8 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
     default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
     join_us: NonNegative = 0.0
+    cluster_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
+    scattered_sms: Annotated[int, Meta(ge=0, le=10**6)] = 0
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]

@@ -40,6 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     models_help = f"ids or files, separated by commas; pairs and schedules are those of the first two (default: \
 {DEFAULT_MODELS['nccl']})"
     parser.add_argument("--models", default="", metavar="A,B", help=models_help)
+    kinds_help = f"kinds to measure, separated by commas, of {', '.join(KINDS)} (default: all)"
+    parser.add_argument("--kinds", default="", metavar="A,B", help=kinds_help)
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="layers of each model (default: 6; gloo: 2)")
     mode_help = "host-staged keeps GPUs from reaching each other directly (default: as-is)"
     parser.add_argument("--link-mode", choices=("as-is", "host-staged"), default="as-is", help=mode_help)
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--budget-s {args.budget_s:g} is not possible; give more than 0 seconds")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder")
+    kinds = kinds_of(args.kinds)
     settings = settings_of(args)
     before = _count(args.out)
     try:
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             bar(math.ceil(args.budget_s), "s", disable=args.disable_tqdm) as progress,
         ):
             shards = (args.tp or settings.num_ranks) // settings.num_ranks
-            launch(settings, progress.update, _program(args.budget_s, shards))
+            launch(settings, progress.update, _program(args.budget_s, shards, kinds))
     except WorldError as error:
         # The launcher counts requests, of which there are none here.
         raise WorldError(str(error).partition("; all ranks were ended")[0] + _kept(args.out, before)) from None
@@ -105,6 +108,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings = Settings(runs=runs, backend=backend, timeout_s=args.timeout_s, output=str(args.out.absolute()))
     settings.check()
     return settings
+
+
+def kinds_of(names: str) -> tuple[str, ...]:
+    """Kinds by name. Raises ValueError for one that there is not."""
+    found = tuple(filter(None, (word.strip() for word in names.split(","))))
+    for name in found:
+        if name not in KINDS:
+            raise ValueError(f"--kinds {name} is not a kind; there are {', '.join(KINDS)}")
+    return found
 
 
 def models_of(names: str, num_layers: int) -> list[Any]:
@@ -157,10 +169,10 @@ def _link_mode(link_mode: str, backend: str) -> Iterator[None]:
             os.environ.pop(STAGING, None)
 
 
-def _program(budget_s: float, num_shards: int) -> tuple[str, ...]:
+def _program(budget_s: float, num_shards: int, kinds: tuple[str, ...]) -> tuple[str, ...]:
     import msgspec
 
-    told = {"budget_s": budget_s, "weft": version_of_weft(missing=""), "num_shards": num_shards}
+    told = {"budget_s": budget_s, "weft": version_of_weft(missing=""), "num_shards": num_shards, "kinds": kinds}
     orders = msgspec.json.encode(told).decode()
     return (sys.executable, "-m", "executor.survey", orders)
 

@@ -72,6 +72,12 @@ def test_two_ranks_measure_everything_that_a_cpu_can_and_go_on_where_they_were(
     assert read_measurements(folder)[0].finished
 
 
+def test_only_the_kinds_that_are_asked_for_are_measured(tmp_path: Path) -> None:
+    words = ["--backend", "gloo", "--models", "tiny-opt", "--budget-s", "2", "--disable-tqdm"]
+    assert main(["measure", "--out", str(tmp_path), "--kinds", "attention, collective", *words]) == 0
+    assert set(kinds(measured(tmp_path))) == {"attention", "collective"}
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_what_was_measured_survives_an_interrupt_and_a_kill(tmp_path: Path, sign: signal.Signals) -> None:
     command = [sys.executable, "-m", "weft.cli", "measure", "--out", str(tmp_path), "--backend", "gloo",
@@ -114,6 +120,7 @@ def test_a_kind_that_fails_is_skipped_with_its_reason_and_the_others_are_there(t
         (["--models", "gpt-9"], "'gpt-9' is neither a file nor one of"),
         (["--layers", "5"], "--layers 5 is not possible: tiny-opt has 4 layers"),
         (["--ranks", "0"], "--ranks 0 is not possible"),
+        (["--kinds", "pair,gem"], "--kinds gem is not a kind; there are gemm, attention"),
         (["--ranks", "3"], "cannot be divided over 3 ranks"),
         (["--link-mode", "host-staged"], "host-staged needs nccl"),
         (["--ranks", "2", "--tp", "4"], "--tp 4 is not possible with --ranks 2"),
