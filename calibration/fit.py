@@ -16,6 +16,7 @@ from calibration.holdout import is_held_out
 from calibration.host import fit_host
 from calibration.kernels import (
     KERNELS,
+    LAUNCH,
     SEQUENCE,
     collective_of,
     ctas_of,
@@ -40,6 +41,7 @@ CLASSES = (
     PARTITIONED,
     "attention",
     "elementwise",
+    LAUNCH,
     SEQUENCE,
     "collective",
     "pair: compute",
@@ -111,7 +113,7 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
         if not is_held_out(row):
             seen.setdefault(row.what, []).append(row)
     node, estimates, choices = _fit_device(seen, base, rng)
-    node = msgspec.structs.replace(node, gemms=gemm_tables(seen.get("gemm", []), base))
+    node = msgspec.structs.replace(node, gemms=gemm_tables(seen.get("gemm", []), seen.get(LAUNCH, []), base))
     tables = fit_tables(seen.get("collective", []), base.link, base.device.graph_gap_us)
     node = msgspec.structs.replace(node, link=_with_tables(node.link, tables, measurements))
     host, estimates["host"] = fit_host(seen.get("host", []), base.host)

@@ -14,10 +14,11 @@ from traces.measurement import Measurement
 SHORTEST_US = 1e-3
 
 
-def gemm_tables(rows: Sequence[Measurement], base: NodeSpec) -> tuple[GemmTable, ...]:
+def gemm_tables(rows: Sequence[Measurement], launches: Sequence[Measurement], base: NodeSpec) -> tuple[GemmTable, ...]:
     """A table for each shape, partition, and whether it is a piece; the base's where nothing was measured. Several rows
     of one point, as of kernels of different names, count as their median. `base` is a node in series."""
     found: dict[tuple[int, int, int, bool], dict[int, list[float]]] = {}
+    seen = _launched(launches)
     for row in rows:
         kernel = kernel_of(row)
         if kernel.element_bytes == TABLE_BYTES:
@@ -29,7 +30,26 @@ def gemm_tables(rows: Sequence[Measurement], base: NodeSpec) -> tuple[GemmTable,
         GemmTable(
             cols=cols, inner=inner, withheld_sms=withheld, is_piece=is_piece, rows=tuple(sorted(points)),
             us=tuple(median(points[count]) for count in sorted(points)),
+            ctas=_ctas(seen.get((cols, inner, is_piece), {}), sorted(points)),
         )
         for (cols, inner, withheld, is_piece), points in sorted(found.items())
     ]  # fmt: skip
     return (*kept, *tables)
+
+
+def _launched(launches: Sequence[Measurement]) -> dict[tuple[int, int, bool], dict[int, int]]:
+    """CTAs by shape and rows, in units of what an SM holds: the library does not look at partitions."""
+    found: dict[tuple[int, int, bool], dict[int, int]] = {}
+    for row in launches:
+        at = row.at
+        key = int(at["cols"]), int(at["inner"]), int(at.get("cut", 1)) > 1
+        ctas = -(-int(row.values["ctas"]) // int(row.values["ctas_per_sm"]))
+        found.setdefault(key, {})[int(at["rows"])] = ctas
+    return found
+
+
+def _ctas(seen: dict[int, int], rows: Sequence[int]) -> tuple[int, ...]:
+    """The CTAs at each number of rows: those of the next larger one that was seen, or of the largest."""
+    if not seen:
+        return ()
+    return tuple(seen[min((count for count in seen if count >= some), default=max(seen))] for some in rows)

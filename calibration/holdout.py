@@ -8,7 +8,7 @@ from math import log2
 from typing import TYPE_CHECKING
 
 from calibration.compare import COMM_ALONE, COMPUTE_ALONE, SERIAL
-from calibration.kernels import SEQUENCE, label_of
+from calibration.kernels import LAUNCH, SEQUENCE, label_of
 
 if TYPE_CHECKING:
     from traces.measurement import Measurement
@@ -55,7 +55,7 @@ def shape_identity(measurement: Measurement) -> tuple[str | int, ...]:
     so that a GEMM that is held out alone is held out in pairs too."""
     at = measurement.at
     kind = str(at["kind"]) if measurement.what == "pair" else measurement.what
-    if kind == "gemm":
+    if kind in ("gemm", LAUNCH):
         return ("gemm", int(at["cols"]), int(at["inner"]))
     if kind == "attention":
         return ("attention", *(int(at.get(key, 0)) for key in ("num_heads", "head_dim", "length")))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Rows of single compute kernels; of all of a forward pass's in a row.
 KERNELS, SEQUENCE = ("gemm", "attention", "elementwise"), "sequence"
+# How a GEMM is launched.
+LAUNCH = "launch"
 # Numbers of tensor-parallel ranks on which models are measured.
 RANKS = (1, 2, 4, 8, 16)
 

@@ -25,8 +25,14 @@ MOST_SLOWDOWN = 6.0
 DEFAULTS = (2, 4, 12, 20, 24)
 # SMs that a full wave of the GEMM library may leave.
 LEFT_BY_WAVES = (4, 8, 12, 16)
+# One CTA of a collective for at least so many bytes of its message; 0: always all of them.
+CTA_BYTES = (0, 16 * 2**10, 32 * 2**10, 64 * 2**10)
+# A series of collectives that is slowed more is kept out by kernels that leave no SM: which of the two is first in
+# between decides how much, so that such a number says nothing of one that comes alone, as in schedules.
+KEPT_OUT = 4.0
 TRAFFIC = "hbm_per_byte"
 SIDES = ("compute_slowdown", "comm_slowdown")
+DELAY = "start_delay_us"
 BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwise": "elementwise_by_comm"}
 BACK = {"gemm": "comm_by_compute", "attention": "comm_by_attention", "elementwise": "comm_by_elementwise"}
 STREAM = "comm_stream_by_compute"
@@ -40,6 +46,11 @@ class PairFit:
 
     node: NodeSpec
     estimates: dict[str, Estimate]
+
+
+def is_kept_out(row: Measurement) -> bool:
+    """Whether a series of collectives hardly ran at all beside the computation."""
+    return row.values["comm_slowdown"] > KEPT_OUT
 
 
 def pair_of(row: Measurement) -> Pair:
@@ -103,6 +114,7 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     how they get on with each other: whether both fit on the SMs decides whether a GEMM needs a wave more. The second is
     asked only where GEMM shapes have tables, whose times do not hang on it."""
     known = {ctas_of(row) for row in rows} - {0}
+    base = _with_cta_bytes(base, rows)
     some = [row for row in rows if not ctas_of(row)]
     op, ranks = str(some[0].at["op"]), int(some[0].at["num_ranks"])
     tables = {t.ctas for t in base.link.tables if (t.op, t.ranks) == (op, ranks)}
@@ -112,37 +124,70 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     waves = {device.gemm_wave_ctas, *(device.num_sms - left for left in LEFT_BY_WAVES if base.gemms)}
     for ctas, wave in product(sorted({usual, *DEFAULTS} - known), sorted(waves)):
         node = msgspec.structs.replace(base, device=msgspec.structs.replace(device, gemm_wave_ctas=wave))
-        node = _default_of(node, usual, ctas)
-        problem = _problem(rows, node, _parameters(rows, node))
-        cost = cost_of(problem, {p.name: p.start for p in problem.parameters})
-        found.append((cost, (ctas != usual) + (wave != device.gemm_wave_ctas), len(found), node))
+        node = _default_of(node, usual, ctas, ranks)
+        found.append((_cost(rows, node), (ctas != usual) + (wave != device.gemm_wave_ctas), len(found), node))
     return min(found, key=lambda each: each[:3])[3]
 
 
-def _default_of(base: NodeSpec, usual: int, ctas: int) -> NodeSpec:
-    """The node whose default tables, of `usual` CTAs, have `ctas`."""
+def _with_cta_bytes(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
+    """How many CTAs small messages have; asked only where it is known how GEMMs were launched, without which nobody
+    knows what SMs they leave."""
+    if not any(table.ctas for table in base.gemms):
+        return base
+    links = [msgspec.structs.replace(base.link, cta_bytes=each) for each in CTA_BYTES]
+    nodes = [msgspec.structs.replace(base, link=link) for link in links]
+    return min(nodes, key=lambda node: _cost(rows, node))
+
+
+def _cost(rows: Sequence[Measurement], node: NodeSpec) -> float:
+    problem = _problem(rows, node, _parameters(rows, node))
+    return cost_of(problem, {p.name: p.start for p in problem.parameters})
+
+
+def _default_of(base: NodeSpec, usual: int, ctas: int, ranks: int) -> NodeSpec:
+    """The node whose default table, of `usual` CTAs among so many ranks, has `ctas`."""
     tables = tuple(
-        msgspec.structs.replace(t, ctas=ctas) if t.op == "all_reduce" and t.ctas == usual else t
+        msgspec.structs.replace(t, ctas=ctas) if (t.op, t.ranks, t.ctas) == ("all_reduce", ranks, usual) else t
         for t in base.link.tables
     )
     return msgspec.structs.replace(base, link=msgspec.structs.replace(base.link, tables=tables, default_ctas=ctas))
 
 
 def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Parameter, ...]) -> Problem:
-    measured = np.array([[row.values[side] for side in SIDES] for row in rows])
-    pairs = [pair_of(row) for row in rows]
+    told = [_told(row) for row in rows]
+    measured = np.log([value for each in told for value, _ in each.values()])
 
     def log_ratio(values: dict[str, float]) -> Floats:
         costs = Costs(_with(base, values))
-        found = [race(costs, pair, with_delay=False) for pair in pairs]
-        simulated = np.array([(o.compute_slowdown, o.comm_slowdown) for o in found])
-        ratio: Floats = np.log(simulated / measured).ravel()
+        found: list[float] = []
+        for row, each in zip(rows, told, strict=True):
+            outcome = race(costs, pair_of(row), with_delay=DELAY in each)
+            simulated = {"compute_slowdown": outcome.compute_slowdown, "comm_slowdown": outcome.comm_slowdown,
+                         DELAY: 1.0 + outcome.start_delay_us / _alone_us(row)}  # fmt: skip
+            found += [simulated[name] for name in each]
+        ratio: Floats = np.log(found) - measured
         return ratio
 
-    spread = [[row.spread.get(side, 0.0) for side in SIDES] for row in rows]
-    sigma = sigma_of(measured.ravel().tolist(), np.array(spread).ravel().tolist())
-    groups = tuple(shape_identity(row) for row in rows for _ in SIDES)
+    flat = [pair for each in told for pair in each.values()]
+    sigma = sigma_of([value for value, _ in flat], [spread for _, spread in flat])
+    groups = tuple(shape_identity(row) for row, each in zip(rows, told, strict=True) for _ in each)
     return Problem(parameters, log_ratio, sigma, groups, is_staircase=True, is_dear=True)
+
+
+def _told(row: Measurement) -> dict[str, tuple[float, float]]:
+    """What a row tells, with its spread: slowdowns, of the collective only if it ran at all beside the computation, and
+    how much longer one takes that comes alone."""
+    names = SIDES[:1] if is_kept_out(row) else SIDES
+    found = {name: (row.values[name], row.spread.get(name, 0.0)) for name in names}
+    if DELAY in row.values and "comm_us" in row.values:
+        alone = _alone_us(row)
+        found[DELAY] = (1.0 + row.values[DELAY] / alone, row.spread.get(DELAY, 0.0) / alone)
+    return found
+
+
+def _alone_us(row: Measurement) -> float:
+    """How long the collective of a pair takes alone."""
+    return row.values["comm_us"] / row.values["comm_slowdown"]
 
 
 def _with(base: NodeSpec, values: dict[str, float]) -> NodeSpec:

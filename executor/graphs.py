@@ -17,7 +17,7 @@ from policy.round import Lane, Launch
 
 Body = Callable[[], None]
 # A graph of a few kernels takes some tens of kilobytes of device memory and a millisecond to make.
-MAX_GRAPHS = 20_000
+MAX_GRAPHS = 40_000
 
 
 class GraphCache:

@@ -28,7 +28,7 @@ from executor.survey_batches import measure_batches
 from executor.survey_bed import Bed
 from executor.survey_bench import Bench, CpuBench, Row
 from executor.survey_host import Host
-from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
+from executor.survey_lead import LAUNCH, SHARES, Lead, Skipped, make_tasks
 from executor.survey_pairs import Pairs
 from executor.survey_points import CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
@@ -100,7 +100,7 @@ class Keeper:
             for task in make_tasks(models, grid, settings.num_ranks, on_gpu=on_gpu)
             if task.what in (orders.kinds or SHARES)
         ]
-        lead = Lead(tasks, log.rows, models, grid, orders.budget_s, time.monotonic)
+        lead = Lead(tasks, log.rows, models, grid, orders.budget_s, time.monotonic, with_launches=on_gpu)
         if settings.num_ranks < 2:
             why = "they need two ranks or more"
             lead.skipped |= {what: Skipped(0, why) for what in ("collective", "pair", "two_batches")}
@@ -188,6 +188,8 @@ class Surveyor:
         bed = self._use(points[0].model) if points[0].model else None
         if bed is not None and what != "host":
             bed.refresh()
+        if what == LAUNCH:
+            return self._launches(bed, points)
         if what == "two_batches":
             assert bed is not None
             folder = Path(self.session.settings.output) if self.session.place.rank == 0 else None
@@ -209,6 +211,16 @@ class Surveyor:
             return bed.measure_sequence(self.bench, point)
         row: Row = self._users[point.what].measure(point)
         return row
+
+    def _launches(self, bed: Bed | None, points: list[Point]) -> list[Row | str | None]:
+        from executor.survey_cuda import CudaBench
+        from executor.survey_launches import launches
+
+        assert bed is not None and isinstance(self.bench, CudaBench)
+        try:
+            return list(launches(bed, self.bench, points))
+        except Exception as error:
+            return [self._guard(error)] * len(points)
 
     def _use(self, model: str) -> Bed:
         """The model's bed; another one's makes room first."""

@@ -13,14 +13,16 @@ from executor.lanes import StreamKey
 from executor.session import Opened
 from executor.survey_bed import Bed
 from executor.survey_bench import Bench, Row, sample_of
-from executor.survey_cuda import RUN_IN_US, Captured, CudaBench
+from executor.survey_cuda import Captured, CudaBench
 from executor.survey_points import COMM_ALONE, COMPUTE_ALONE, PLAIN, POLICY, SERIAL, Point
 from executor.two_batches import captured, forced, in_words, only, plan, serially, undivided
 from policy.options import Options
 from policy.round import Lane
 
 PASSES, REPLAYS = 2, 3
-MOST_RUN_IN = 60
+# A GPU's power limit takes hold within some tenths of a second; in half the time, twice, for what goes before is warm.
+SETTLE_US = 200_000.0
+MOST_RUN_IN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def measure_batches(
 def _run_in(bed: Bed, bench: CudaBench, number: int, graph: Captured) -> int:
     """How often a schedule runs before it is timed, for the device to be as warm as it makes it: equally often on all
     ranks, which wait for each other in it."""
-    needed = math.ceil(RUN_IN_US / bench.replays_us(graph, 1)[0])
+    needed = math.ceil(SETTLE_US / bench.replays_us(graph, 1)[0])
     return bed.session.mail.share(f"run in/{number}", min(MOST_RUN_IN, needed), int)
 
 

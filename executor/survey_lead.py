@@ -8,7 +8,7 @@ first: what is left of the coarse grid, and after it the points of `executor.sur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from executor.survey_points import (
@@ -27,6 +27,8 @@ from executor.survey_refine import candidates
 from traces.measurement import Measurement, point_key
 
 # Shares of the budget that the kinds get of the coarse grid, per model where they need one.
+# A survey ends with how the GEMMs are launched that it has timed; that takes no time to speak of.
+LAUNCH = "launch"
 SHARES = {"collective": 8.0, "host": 2.0, "gemm": 5.0, "attention": 1.0, "elementwise": 1.5, "sequence": 1.0,
           "pair": 8.0, "two_batches": 17.0}  # fmt: skip
 # Seconds of a round that a kind gets of one model.
@@ -77,7 +79,8 @@ class Lead:
     """Gives out points in lots until the budget (seconds on the clock `now`) is spent or nothing is worth measuring.
 
     `rows`: what has been measured so far, also by an earlier survey; whoever uses the lead adds to it. A lot is of one
-    kind and model; the schedules of two batches come all at once, and pairs by their compute kernel.
+    kind and model; the schedules of two batches come all at once, and pairs by their compute kernel. `with_launches`:
+    the last lots are how the GEMMs are launched that were measured.
     """
 
     tasks: list[Task]
@@ -86,9 +89,11 @@ class Lead:
     grid: Grid
     budget_s: float
     now: Callable[[], float]
+    with_launches: bool = False
     skipped: dict[str, Skipped] = field(default_factory=dict)
     _failed: set[str] = field(default_factory=set)
     _done: set[str] = field(default_factory=set)
+    _gemms: dict[str, Point] = field(default_factory=dict)
     _end_s: float = 0.0
 
     def lots(self) -> Iterator[list[Point]]:
@@ -106,6 +111,8 @@ class Lead:
                         for lot in self._until(until_s, self._next(task)):
                             busy = True
                             yield lot
+        if self.with_launches:
+            yield from self._launches()
 
     def fail(self, point: Point, why: str) -> None:
         """The point cannot be measured; it is not tried again."""
@@ -116,6 +123,8 @@ class Lead:
     def succeed(self, point: Point) -> None:
         """The point is in the rows."""
         self._done.add(point.what)
+        if point.what == "gemm":
+            self._gemms[point.key] = point
 
     # -- the order --------------------------------------------------------------------------------------------------
 
@@ -125,6 +134,15 @@ class Lead:
             now = self.now()
             until_s = now + (self._end_s - now) * SHARES[task.what] / left
             yield from self._until(until_s, task.points)
+
+    def _launches(self) -> Iterator[list[Point]]:
+        """The GEMMs that were measured, by model, as points of their own."""
+        known = {point.key: point for task in self.tasks for point in task.points if task.what == "gemm"}
+        measured = [point for key, point in (known | self._gemms).items() if key in self.rows]
+        points = [replace(point, what=LAUNCH) for point in measured]
+        for _, members in groupby(sorted(points, key=lambda p: p.model), key=lambda p: p.model):
+            if lot := [point for point in members if self._is_open(point)]:
+                yield lot
 
     def _until(self, until_s: float, points: Iterable[Point]) -> Iterator[list[Point]]:
         """Lots of what is still to do, as long as there is time; one in any case while the budget lasts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from statistics import median
 
 from executor.device import COMM_KEY, Device
@@ -22,8 +22,8 @@ from policy.scheduler import Scheduler
 from traces.request import Request
 
 REHEARSALS = 5
-# Graphs that are made before a run: some milliseconds each, on every rank.
-MOST_AHEAD = 15_000
+# Graphs that are made before a run: one or two milliseconds each, on every rank.
+MOST_AHEAD = 30_000
 
 
 def warm_up(device: Device, scheduler: Scheduler, shapes: tuple[BatchShape, ...]) -> None:
@@ -64,32 +64,44 @@ def rehearsed_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> flo
 def capture_ranges(
     device: Device, shapes: tuple[BatchShape, ...], withheld: Sequence[int], ctas: Sequence[int]
 ) -> None:
-    """Capture what an interleaving policy will ask for, in every slot: whole layers with their collectives, runs of
-    compute kernels on both lanes, all-reduces; of a model with few layers and shapes every part of a run as well. Equal
-    on all ranks: collectives are inside."""
-    left = MOST_AHEAD
+    """Capture what an interleaving policy will ask for, in every slot, by worth as far as it goes: whole layers with
+    their collectives, runs of compute kernels on both lanes, parts of runs; and all-reduces. Equal on all ranks:
+    collectives are inside."""
     full = [shape for shape in shapes if shape.num_sequences == shapes[-1].num_sequences]
-    for some in (full, [shape for shape in shapes if shape not in full]):  # part-filled batches get what is left
-        places = list(product(range(len(device.parts.slots)), some))
-        most = left // max(1, len(places))
-        left -= sum(_capture(device, *place, withheld, ctas, most) for place in places)
+    groups = [list(product(range(len(device.parts.slots)), some))
+              for some in (full, [shape for shape in shapes if shape not in full])]  # fmt: skip
+    sizes = [len(level) for level in ranges_ahead(_made_up(device, shapes[-1], 0).vectors[device.stage], withheld)]
+    counts = levels_that_fit(sizes, [len(places) for places in groups], MOST_AHEAD)
+    for places, count in zip(groups, counts, strict=True):
+        for place in places:
+            _capture(device, *place, withheld, ctas, count)
     device.parts.lanes.drain()
 
 
+def levels_that_fit(sizes: Sequence[int], groups: Sequence[int], most: int) -> list[int]:
+    """How many levels of ranges each group of places gets, so that there are no more than `most` altogether: level by
+    level, of each the groups in their order. `sizes`: ranges of a level in one place; `groups`: places of each."""
+    counts = [0] * len(groups)
+    for level, size in enumerate(sizes):
+        for group, places in enumerate(groups):
+            if counts[group] == level and size * places <= most:
+                counts[group] += 1
+                most -= size * places
+    return counts
+
+
 def _capture(
-    device: Device, number: int, shape: BatchShape, withheld: Sequence[int], ctas: Sequence[int], most: int
-) -> int:
-    """A shape's ranges in one slot, and its all-reduce; how many ranges."""
+    device: Device, number: int, shape: BatchShape, withheld: Sequence[int], ctas: Sequence[int], num_levels: int
+) -> None:
+    """A shape's ranges in one slot, and its all-reduce."""
     batch = _made_up(device, shape, number)
     # What a larger batch left in the slot would be out of range.
     _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
-    ranges = ranges_ahead(batch.vectors[device.stage], withheld, most)
-    for key, span in ranges:
+    for key, span in chain.from_iterable(ranges_ahead(batch.vectors[device.stage], withheld)[:num_levels]):
         _at_once(device, key, device.replay(batch, key, span, 0))
     for operation in islice(_all_reduces(device.bound(number, shape)), 1):  # all layers sum the same buffer
         for count in ctas:
             _at_once(device, COMM_KEY, device.replay_collective(operation, None, count))
-    return len(ranges)
 
 
 def _all_reduces(operations: Sequence[Operation]) -> Iterator[Collective]:
@@ -106,19 +118,16 @@ def _at_once(device: Device, key: StreamKey, work: Callable[[], None]) -> None:
 Ranges = list[tuple[StreamKey, tuple[int, int]]]
 
 
-def ranges_ahead(vector: FunctionVector, withheld: Sequence[int], most: int) -> Ranges:
-    """Ranges that are worth a graph, by worth: layers, whole runs, parts of runs. Of what does not fit into so many
-    altogether, none: a range without a graph is launched as the graphs that there are."""
+def ranges_ahead(vector: FunctionVector, withheld: Sequence[int]) -> list[Ranges]:
+    """Ranges that are worth a graph, the worthiest first: layers, whole runs, what fills take of them, what the compute
+    lane does. A range without a graph is launched kernel by kernel."""
     size, begin = len(vector.layer), len(vector.prologue)
     layers = ((begin + layer * size, begin + (layer + 1) * size) for layer in range(vector.num_layers))
-    found: Ranges = [(StreamKey(Lane.COMPUTE), span) for span in layers]
+    levels: list[Ranges] = [[(StreamKey(Lane.COMPUTE), span) for span in layers]]
     compute, fill = ([StreamKey(lane, sms) for sms in withheld] for lane in (Lane.COMPUTE, Lane.FILL))
     for keys, spans in ((compute + fill, _runs(vector)), (fill, _parts(vector)), (compute, _parts(vector))):
-        more = [(key, span) for key in keys for span in spans if span[1] - span[0] > 1]
-        if len(found) + len(more) > most:
-            break
-        found += more
-    return found
+        levels.append([(key, span) for key in keys for span in spans if span[1] - span[0] > 1])
+    return levels
 
 
 def _runs(vector: FunctionVector) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from functools import cache
 
 from models.kernel import Kernel, Kind, gemm
 from policy.batch import TICK_US, on_grid
-from sim.spec import ContentionSpec, DeviceSpec, NodeSpec, Table
+from sim.spec import ContentionSpec, DeviceSpec, GemmTable, NodeSpec, Table
 
 DEFAULT_PATH = ""
 # Tables of GEMMs are of half precision.
@@ -41,6 +41,12 @@ class Shape:
     def is_plain(self) -> bool:
         """Whether a CTA streams all the time, and computes all the time beside it."""
         return not self.lead_us and not self.overlap_order
+
+    def launched_as(self, ctas: int, sms: int) -> Shape:
+        """The same work in so many CTAs, on so many SMs."""
+        each = -(-self.num_ctas // sms) / -(-ctas // sms)
+        moved = self.num_ctas * self.cta_bytes / ctas
+        return Shape(ctas, self.cta_us * each, moved, self.lead_us * each, self.overlap_order)
 
     def slower(self, factor: float) -> Shape:
         """The same CTAs, every one of which takes so many times as long, whatever bounds it."""
@@ -221,12 +227,12 @@ class Costs:
         if shape is None:
             shape = cta_shape(kernel, self.device, withheld_sms)
             if self._gemms and kernel.kind is Kind.GEMM and kernel.element_bytes == TABLE_BYTES:
-                shape = shape.slower(self._correction(kernel, withheld_sms))
+                shape = self._measured(shape, kernel, withheld_sms)
             self._shapes[key] = shape
         return shape
 
-    def _correction(self, kernel: Kernel, withheld_sms: int) -> float:
-        """Measured over modelled time of a GEMM's shape: under this partition, or else on the whole device; at the
+    def _measured(self, modelled: Shape, kernel: Kernel, withheld_sms: int) -> Shape:
+        """A GEMM as it was launched and as long as it took: under this partition, or else on the whole device; at the
         nearest number of rows that the table reaches."""
         shape = kernel.cols, kernel.inner
         for withheld in dict.fromkeys((withheld_sms, 0)):
@@ -234,12 +240,22 @@ class Costs:
                 rows = min(max(kernel.rows, table.rows[0]), table.rows[-1])
                 like = kernel if rows == kernel.rows else replace(gemm("", rows, *shape), is_piece=kernel.is_piece)
                 slots = partition_sms(self.device, withheld)
-                return table.at(rows) / alone_us(cta_shape(like, self.device, withheld), slots, self.device)
-        return 1.0
+                there = self._launched(cta_shape(like, self.device, withheld), table, rows, slots)
+                here = self._launched(modelled, table, rows, partition_sms(self.device, withheld_sms))
+                return here.slower(table.at(rows) / alone_us(there, slots, self.device))
+        return modelled
+
+    def _launched(self, shape: Shape, table: GemmTable, rows: int, slots: int) -> Shape:
+        """In the CTAs that the library launched. Where those fill the device, they are not one a tile but take tile
+        after tile: those that find no SM are not missed."""
+        if not (ctas := table.ctas_at(rows)):
+            return shape
+        return shape.launched_as(min(ctas, slots) if ctas >= self.device.num_sms else ctas, slots)
 
     def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
         """SMs that a collective occupies."""
-        return self.table(kernel, max_ctas, path).ctas
+        ctas, each = self.table(kernel, max_ctas, path).ctas, self.node.link.cta_bytes
+        return min(ctas, max(1, -(-kernel.message_bytes // each))) if each else ctas
 
     def table(self, kernel: Kernel, max_ctas: int, path: str) -> Table:
         """The table of an operation: the one with the most CTAs allowed (the usual one, if the node says

@@ -9,7 +9,7 @@ LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition"
          "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
          "memory_gb", "partition_step", "gemm_wave_ctas", "piece_us",
          "switch_us")  # fmt: skip
-LATER_OF_LINK = ("default_ctas", "join_us")
+LATER_OF_LINK = ("default_ctas", "join_us", "cta_bytes")
 LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas")
 ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
 
@@ -20,6 +20,9 @@ def without_later(contents: dict[str, Any]) -> list[str]:
     if not contents["gemms"]:
         del contents["gemms"]
         found.append("gemms")
+    for table in contents.get("gemms", ()):
+        if not table["ctas"]:
+            del table["ctas"]
     for operation in contents["device"]["operations"]:
         if not operation["variant"]:
             del operation["variant"]

@@ -24,7 +24,7 @@ class Transfer:
     def __init__(self, links: Links, kernel: Kernel, sides: int, path: str, max_ctas: int) -> None:
         self.links, self.kernel, self.sides = links, kernel, sides
         table = links.costs.table(kernel, max_ctas, path)
-        self.ctas = min(table.ctas, links.costs.device.num_sms)
+        self.ctas = min(links.costs.ctas_of(kernel, max_ctas, path), links.costs.device.num_sms)
         self.solo_us = links.costs.solo_us(kernel, 0, max_ctas, path)
         link = links.costs.node.link
         self.bandwidth = min(

@@ -165,8 +165,6 @@ class Sms:
             if running.limit < self.spec.num_sms:  # the partition is shared by everything that is confined to it
                 room -= sum(r.held for r in self.running if r.limit < self.spec.num_sms)
             take = min(self.free, running.ctas_left, room)
-            if running.transfer is not None:
-                take = self._clustered(running, take)
             if take <= 0:
                 continue
             self.free -= take
@@ -183,15 +181,6 @@ class Sms:
             waves = running.ctas_left // take if alone else 1
             running.ctas_left -= waves * take
             running.cohorts.append(Cohort(take, float(waves), 0.0, now))
-
-    def _clustered(self, running: Running, take: int) -> int:
-        """How many of a collective's CTAs find a place: those of a cluster only close together."""
-        link = self.costs.node.link
-        size = link.cluster_ctas
-        assert running.transfer is not None
-        if not size or running.transfer.ctas % size:  # NCCL has no clusters then
-            return take
-        return min(take, max(0, self.free - link.scattered_sms)) // size * size
 
     def _begin(self, running: Running, now: float) -> None:
         running.start_us = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
@@ -176,7 +176,8 @@ def _between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
 
 class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the GEMM library took for one shape (cols x inner) over its rows, alone on the SMs that are not withheld.
-    `is_piece`: as a piece of a wider result. Half precision."""
+    `is_piece`: as a piece of a wider result. `ctas`: with how many CTAs it was launched, in units of what an SM holds at
+    a time; none where that was not seen. Half precision."""
 
     cols: Count
     inner: Count
@@ -184,9 +185,12 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     is_piece: bool = False
     rows: Annotated[tuple[Count, ...], Meta(min_length=1)]
     us: tuple[Positive, ...]
+    ctas: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         name = f"GEMM table {self.cols} x {self.inner}"
+        if self.ctas and len(self.ctas) != len(self.rows):
+            raise ValueError(f"{name}: {len(self.rows)} numbers of rows and {len(self.ctas)} of CTAs; need as many")
         if len(self.rows) != len(self.us):
             raise ValueError(f"{name}: {len(self.rows)} numbers of rows and {len(self.us)} times; need as many")
         if any(a >= b for a, b in pairwise(self.rows)):
@@ -196,6 +200,11 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Time at so many rows, which must lie within the table: between two points straight in logarithms."""
         return self.us[self.rows.index(rows)] if rows in self.rows else _between(self.rows, self.us, rows)
 
+    def ctas_at(self, rows: int) -> int:
+        """CTAs at so many rows: those of the next larger number that was seen, for tiles are made to hold it; 0 if none
+        was."""
+        return self.ctas[min(bisect_left(self.rows, rows), len(self.rows) - 1)] if self.ctas else 0
+
 
 class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What joins the GPUs. `root_gb_s`: capacity that all flows share (PCIe root or host memory), 0 if there is none.
@@ -203,9 +212,8 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
     of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
     the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
-    takes behind computation than behind another collective, for which all ranks were there. `cluster_ctas`: CTAs of a
-    collective start in clusters of so many (0: one by one), which must lie close together: `scattered_sms` of the SMs
-    that are free lie too far apart for that.
+    takes behind computation than behind another collective, for which all ranks were there. `cta_bytes`: a collective has no more CTAs than one for so many bytes of
+    its message; 0: always those of its table.
     """
 
     kind: str
@@ -216,8 +224,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
     default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
     join_us: NonNegative = 0.0
-    cluster_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
-    scattered_sms: Annotated[int, Meta(ge=0, le=10**6)] = 0
+    cta_bytes: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]

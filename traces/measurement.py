@@ -30,10 +30,11 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "collective": ("op", "bytes", "num_ranks", "ctas"),
     "pair": ("compute", "kind", "op", "bytes", "num_ranks", "ctas", "withheld_sms", "priority"),
     "host": ("name",),
+    "launch": ("name", "rows", "cols", "inner"),
     "two_batches": ("model", "num_layers", "rows", "length", "schedule"),
 }
-# What may stand beside the coordinates and is none: the plan of two batches in words.
-DESCRIBING = frozenset({"plan"})
+# What may stand beside the coordinates and is none: the plan of two batches in words, what a kernel is called.
+DESCRIBING = frozenset({"plan", "kernel"})
 
 
 @dataclass(frozen=True, slots=True)

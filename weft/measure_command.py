@@ -27,6 +27,7 @@ DEFAULT_LAYERS = {"nccl": 6, "gloo": 2}
 DEFAULT_BUDGET_S, DEFAULT_TIMEOUT_S = 600.0, 60.0
 STAGING = "NCCL_P2P_DISABLE"
 KINDS = ("gemm", "attention", "elementwise", "sequence", "collective", "pair", "two_batches", "host")
+LAUNCH = "launch"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -204,10 +205,10 @@ def report(folder: Path) -> list[str]:
     where = f"{conditions.num_gpus} x {conditions.gpu}" if conditions.gpu != "none" else "processes on a CPU"
     lines = [f"{folder}: {len(rows)} rows of {where}, {conditions.link_mode}, torch {conditions.torch}"]
     counts = Counter(row.what for row in rows)
-    for what in KINDS:
+    for what in (*KINDS, LAUNCH):
         skipped = manifest["skipped"].get(what)
         text = f"  {what:<12}{counts[what]:>6} rows"
-        if counts[what]:
+        if counts[what] and what != LAUNCH:
             text += f", median spread {100.0 * _spread([row for row in rows if row.what == what]):.1f} %"
         if skipped:
             text += f"; {skipped['points'] or 'all'} skipped: {skipped['why']}"

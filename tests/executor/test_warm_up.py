@@ -5,24 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from executor.session import shapes_ahead
-from executor.warm_up import ranges_ahead
+from executor.warm_up import MOST_AHEAD, levels_that_fit, ranges_ahead
 from models.config import MODELS
 from models.transformer import BatchShape, Layout, function_vector
 from policy.options import Options
 from policy.round import Lane
 from traces.request import Request
 
-MOST = 450
-
 
 @pytest.mark.parametrize("name", ["opt-30b", "glm-130b", "llama-2-7b"])
 @pytest.mark.parametrize("layers", [4, 48])
-def test_deep_models_get_whole_runs_and_shallow_ones_their_parts(name: str, layers: int) -> None:
+def test_layers_and_whole_runs_come_first_then_the_parts_that_fills_take(name: str, layers: int) -> None:
     vector = function_vector(replace(MODELS[name], num_layers=layers), BatchShape(2, 64), Layout(4, 1), 0)
-    found = ranges_ahead(vector, (8,), MOST)
-    assert len(set(found)) == len(found) <= MOST
+    levels = ranges_ahead(vector, (8,))
+    found = [item for level in levels for item in level]
+    assert len(set(found)) == len(found)
     for key, (first, last) in found:
         assert 0 <= first < last <= len(vector)
         comm = [kernel.is_communication for kernel in vector.kernels[first:last]]
@@ -32,14 +33,37 @@ def test_deep_models_get_whole_runs_and_shallow_ones_their_parts(name: str, laye
         )
     begins = {first for first in range(len(vector)) if not first or vector.kernels[first - 1].is_communication}
     for lane in (Lane.COMPUTE, Lane.FILL):
-        whole = {span for key, span in found if (key.lane, key.withheld_sms) == (lane, 8) and span[0] in begins}
+        whole = {span for key, span in levels[1] if (key.lane, key.withheld_sms) == (lane, 8) and span[0] in begins}
         wanted = {(first, vector.run_end[first]) for first in begins if vector.run_end[first] - first > 1}
         assert wanted <= whole
     # Fills take parts of runs all the time, the compute lane seldom.
-    assert any(span[0] not in begins for key, span in found if key.lane is Lane.FILL)
-    assert any(span[0] not in begins for key, span in found if key.lane is Lane.COMPUTE and key.withheld_sms) == (
-        layers == 4
-    )
+    assert [{key.lane for key, _ in level} for level in levels[2:]] == [{Lane.FILL}, {Lane.COMPUTE}]
+    assert all(any(span[0] not in begins for _, span in level) for level in levels[2:])
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=4), st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    st.integers(0, 5_000),
+)  # fmt: skip
+def test_graphs_ahead_are_bounded_and_no_group_goes_without_what_an_earlier_level_had_room_for(
+    sizes: list[int], groups: list[int], most: int
+) -> None:
+    counts = levels_that_fit(sizes, groups, most)
+    used = [sum(sizes[:count]) * places for count, places in zip(counts, groups, strict=True)]
+    assert sum(used) <= most
+    for count, places in zip(counts, groups, strict=True):
+        if count < len(sizes):  # what a group lacks did not fit beside all that is worth as much or more
+            worthier = sum(
+                sum(sizes[: min(each, count + 1)]) * other for each, other in zip(counts, groups, strict=True)
+            )
+            assert worthier + sizes[count] * places > most
+
+
+def test_part_filled_batches_of_a_deep_model_have_graphs_of_all_that_full_ones_have() -> None:
+    vector = function_vector(MODELS["opt-30b"], BatchShape(2, 64), Layout(2, 1), 0)
+    sizes = [len(level) for level in ranges_ahead(vector, (0,))]
+    lengths, slots = 7, 3
+    assert levels_that_fit(sizes, [lengths * slots, lengths * slots], MOST_AHEAD) == [4, 4]
 
 
 def test_part_filled_batches_are_prepared_for_too_unless_there_are_too_many() -> None:

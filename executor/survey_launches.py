@@ -1,0 +1,91 @@
+"""How many CTAs a GEMM is launched with, and how many of them an SM holds: as the profiler sees them, in one go after
+everything has been timed, for a profiler slows what it looks at.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from executor.cuda import hold
+from executor.survey_bed import Bed
+from executor.survey_bench import Row, Sample
+from executor.survey_cuda import CudaBench
+from executor.survey_points import Point
+
+# Between two calls comes a kernel of this name, which does nothing.
+MARKER, MARKER_CYCLES = "spin_kernel", 100
+# What an SM has, compute capability 8.0 to 9.0; each CTA takes some shared memory besides its own.
+SM_THREADS, SM_REGISTERS, SM_CTAS, SHARED_OF_CTA = 2048, 65536, 32, 1024
+REGISTERS_STEP = 256
+SM_SHARED = {8: 164 * 1024, 9: 228 * 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """One kernel as it was launched."""
+
+    name: str
+    ctas: int
+    ctas_per_sm: int
+    us: float
+
+
+def launches(bed: Bed, bench: CudaBench, points: Sequence[Point]) -> list[Row | str]:
+    """A row for every GEMM: its CTAs, and those that an SM holds at a time; of a call of several kernels, those of the
+    one that takes longest."""
+    calls = [(bench.compute_stream(int(p.at["withheld_sms"])), bed.calls("gemm", p.at)[0][0]) for p in points]
+    for stream, call in calls:  # what is made at a first use is made before
+        with torch.cuda.stream(stream):
+            call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for stream, call in calls:
+            with torch.cuda.stream(stream):
+                hold(MARKER_CYCLES)
+                call()
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_bytes())
+    major, _ = torch.cuda.get_device_capability()
+    groups = kernels_of(trace, SM_SHARED.get(major, min(SM_SHARED.values())))
+    if len(groups) != len(points):
+        return [f"the profiler saw {len(groups)} of {len(points)} calls"] * len(points)
+    return [_row(max(group, key=lambda k: k.us)) if group else "the profiler saw no kernel" for group in groups]
+
+
+def _row(kernel: Launched) -> Row:
+    numbers = {"ctas": kernel.ctas, "ctas_per_sm": kernel.ctas_per_sm}
+    return Row({name: Sample(float(value), 0.0, 1) for name, value in numbers.items()}, {"kernel": kernel.name})
+
+
+def kernels_of(trace: dict[str, Any], sm_shared: int) -> list[list[Launched]]:
+    """The kernels behind each marker of a trace, in order of time. `sm_shared`: bytes of shared memory of an SM."""
+    events = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
+    groups: list[list[Launched]] = []
+    for event in sorted(events, key=lambda e: e["ts"]):
+        if MARKER in event["name"]:
+            groups.append([])
+        elif groups:
+            about = event["args"]
+            x, y, z = about["grid"]
+            groups[-1].append(Launched(event["name"], x * y * z, _per_sm(about, sm_shared), event["dur"]))
+    return groups
+
+
+def _per_sm(about: dict[str, Any], sm_shared: int) -> int:
+    """CTAs of a kernel that an SM holds at a time."""
+    x, y, z = about["block"]
+    threads = x * y * z
+    registers = -(-threads * about["registers per thread"] // REGISTERS_STEP) * REGISTERS_STEP
+    shared = about["shared memory"] + SHARED_OF_CTA
+    fits = SM_CTAS, SM_THREADS // threads, SM_REGISTERS // max(1, registers), sm_shared // shared
+    return max(1, int(min(fits)))
