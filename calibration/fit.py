@@ -26,7 +26,7 @@ from calibration.kernels import (
     withheld_of,
 )
 from calibration.memory import fit_attention, fit_elementwise
-from calibration.pairs import fit_pairs, is_simulated, race_row
+from calibration.pairs import fit_pairs, is_kept_out, is_simulated, race_row
 from calibration.sequence import JOIN, SWITCH, fit_join, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
@@ -36,16 +36,17 @@ from traces.measurement import Measurement
 
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"
+STARVED = "pair: starved"
 CLASSES = (
     "gemm",
     PARTITIONED,
     "attention",
     "elementwise",
-    LAUNCH,
     SEQUENCE,
     "collective",
     "pair: compute",
     "pair: comm",
+    STARVED,
     DELAY,
 )
 # Fewer rows than this in a class say nothing of its parameters.
@@ -206,7 +207,8 @@ def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Re
             sides = {"compute": outcome.compute_slowdown, "comm": outcome.comm_slowdown}
             for side, value in sides.items():
                 if f"{side}_slowdown" in row.values:
-                    found.append(Residual(f"pair: {side}", row, row.values[f"{side}_slowdown"], value, held))
+                    kind = STARVED if side == "comm" and is_kept_out(row) else f"pair: {side}"
+                    found.append(Residual(kind, row, row.values[f"{side}_slowdown"], value, held))
             if "start_delay_us" in row.values:
                 found.append(Residual(DELAY, row, row.values["start_delay_us"], outcome.start_delay_us, held))
     return found

@@ -122,7 +122,9 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     usual = base.link.default_ctas if base.link.default_ctas in tables else max(tables)
     device, found = base.device, list[tuple[float, int, int, NodeSpec]]()
     waves = {device.gemm_wave_ctas, *(device.num_sms - left for left in LEFT_BY_WAVES if base.gemms)}
-    for ctas, wave in product(sorted({usual, *DEFAULTS} - known), sorted(waves)):
+    # A default that is as fast as a number that was asked for has that number, and one table with it.
+    counts = [usual] if usual in known else sorted({usual, *DEFAULTS} - known)
+    for ctas, wave in product(counts, sorted(waves)):
         node = msgspec.structs.replace(base, device=msgspec.structs.replace(device, gemm_wave_ctas=wave))
         node = _default_of(node, usual, ctas, ranks)
         found.append((_cost(rows, node), (ctas != usual) + (wave != device.gemm_wave_ctas), len(found), node))
@@ -162,8 +164,9 @@ def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Para
         found: list[float] = []
         for row, each in zip(rows, told, strict=True):
             outcome = race(costs, pair_of(row), with_delay=DELAY in each)
-            simulated = {"compute_slowdown": outcome.compute_slowdown, "comm_slowdown": outcome.comm_slowdown,
-                         DELAY: 1.0 + outcome.start_delay_us / _alone_us(row)}  # fmt: skip
+            simulated = {"compute_slowdown": outcome.compute_slowdown, "comm_slowdown": outcome.comm_slowdown}
+            if DELAY in each:
+                simulated[DELAY] = 1.0 + outcome.start_delay_us / _alone_us(row)
             found += [simulated[name] for name in each]
         ratio: Floats = np.log(found) - measured
         return ratio

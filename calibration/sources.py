@@ -41,6 +41,9 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
         sources["link.default_ctas"] = f"{told}, {DEFAULT_CTAS}"
     else:
         sources["link.default_ctas"] = _base(base, "link.default_ctas")
+    sources["link.cta_bytes"] = _base(base, "link.cta_bytes")
+    if fit.node.link.cta_bytes != base.link.cta_bytes:
+        sources["link.cta_bytes"] = f"{told}, the number with which pairs are explained best"
     if fit.node.gemms:
         num = len({(table.cols, table.inner) for table in fit.node.gemms})
         new = fit.node.gemms != base.gemms

@@ -176,8 +176,8 @@ def _between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
 
 class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the GEMM library took for one shape (cols x inner) over its rows, alone on the SMs that are not withheld.
-    `is_piece`: as a piece of a wider result. `ctas`: with how many CTAs it was launched, in units of what an SM holds at
-    a time; none where that was not seen. Half precision."""
+    `is_piece`: as a piece of a wider result. `ctas`: with how many CTAs it was launched, in units of what an SM holds
+    at a time; none where that was not seen. Half precision."""
 
     cols: Count
     inner: Count
@@ -212,8 +212,8 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
     of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
     the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
-    takes behind computation than behind another collective, for which all ranks were there. `cta_bytes`: a collective has no more CTAs than one for so many bytes of
-    its message; 0: always those of its table.
+    takes behind computation than behind another collective, for which all ranks were there. `cta_bytes`: a collective
+    has no more CTAs than one for so many bytes of its message; 0: always those of its table.
     """
 
     kind: str

@@ -101,13 +101,18 @@ def several(conditions: list[Conditions]) -> Conditions:
 
 
 def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:
-    """The base node with as many SMs as the machine's GPUs had, if it says."""
+    """The base node with as many SMs as the machine's GPUs had, if it says; and with as many GPUs, if fewer were
+    measured together: nothing is known of more."""
     import msgspec
 
-    device = base.device
+    device, link, gpus = base.device, base.link, base.num_gpus
     if conditions.num_sms > 0 and conditions.num_sms != device.num_sms:
         device = msgspec.structs.replace(device, num_sms=conditions.num_sms)
-    return msgspec.structs.replace(base, device=device)
+    if 1 < conditions.num_gpus < gpus and "imported" not in conditions.environment:
+        gpus = conditions.num_gpus
+        tables = tuple(table for table in link.tables if table.ranks <= gpus)
+        link = msgspec.structs.replace(link, tables=tables, pairs=tuple(p for p in link.pairs if max(p) < gpus))
+    return msgspec.structs.replace(base, device=device, link=link, num_gpus=gpus)
 
 
 def _difference(one: Conditions, two: Conditions) -> str:

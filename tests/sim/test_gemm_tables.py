@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from calibration.gemm_tables import gemm_tables
 from calibration.node_file import node_text
-from models.kernel import Kernel, gemm
+from calibration.race import Pair, race
+from models.kernel import Kernel, Kind, collective, gemm
 from policy.batch import TICK_US
 from sim.cost import Costs
 from sim.spec import GemmTable, NodeSpec, load_node
@@ -63,13 +64,44 @@ def test_other_shapes_pieces_and_precisions_are_the_models() -> None:
         assert us(of, kernel) == us(BASE, kernel)
 
 
+@given(st.lists(st.integers(1, 400), min_size=len(ROWS), max_size=len(ROWS)), st.sampled_from(ROWS))
+def test_a_gemm_takes_what_it_took_whatever_its_ctas(ctas: list[int], rows: int) -> None:
+    kernel = gemm("fc1", rows, COLS, INNER)
+    assert us(node(table(ctas=tuple(ctas))), kernel) == pytest.approx(us(node(table()), kernel), abs=3 * TICK_US)
+
+
+def test_a_collective_starts_at_once_beside_a_gemm_that_leaves_it_sms_and_waits_for_one_that_does_not() -> None:
+    """BASE has 132 SMs, and its default all-reduce more CTAs than 4 and fewer than 32."""
+    comm = collective("attn_all_reduce", Kind.ALL_REDUCE, 2**20, 4)
+    needed = Costs(BASE).ctas_of(comm, 0)
+    assert 4 < needed < 32
+    for ctas, waits in ((100, False), (128, True), (132, True)):
+        of = node(table(ctas=(ctas,) * len(ROWS)))
+        compute = gemm("fc1", 1024, COLS, INNER)
+        delay_us = race(Costs(of), Pair(compute, comm)).start_delay_us
+        # What is alone on its SMs is slowed, but never waits for half a GEMM on average.
+        assert (delay_us > 0.4 * us(of, compute)) == waits
+    assert of.link.cta_bytes == 0
+    small = msgspec.structs.replace(of, link=msgspec.structs.replace(of.link, cta_bytes=2**19))
+    assert Costs(small).ctas_of(comm, 0) == 2
+    assert Costs(small).ctas_of(replace(comm, message_bytes=2**19 + 1), 0) == 2
+    assert Costs(small).ctas_of(replace(comm, message_bytes=1), 0) == 1
+    assert Costs(small).ctas_of(replace(comm, message_bytes=2**30), 0) == needed
+
+
 def test_a_fit_makes_tables_of_what_it_sees_and_they_survive_a_file() -> None:
     gap = BASE.device.graph_gap_us
     at: Coordinates = {"name": "fc1", "cols": COLS, "inner": INNER, "withheld_sms": 0, "element_bytes": 2}
     rows = [Measurement("gemm", at | {"rows": r}, {"us": t + gap}, {}, 5) for r, t in zip(ROWS, US, strict=True)]
     rows.append(Measurement("gemm", at | {"name": "fc2", "rows": ROWS[0]}, {"us": 2.0 + US[0] + gap}, {}, 5))
-    [found] = gemm_tables(rows, BASE)
+    launches = [
+        Measurement("launch", at | {"rows": r, "cut": 1}, {"ctas": c, "ctas_per_sm": 2.0}, {}, 1)
+        for r, c in zip(ROWS[1:], (100.0, 131.0), strict=False)
+    ]
+    [found] = gemm_tables(rows, launches, BASE)
     assert found.rows == ROWS and found.us == pytest.approx((US[0] + 1.0, *US[1:]))
+    # Two fit on an SM; what was not seen has the CTAs of the next larger number of rows, or of the largest.
+    assert found.ctas[:3] == (50, 50, 66) and set(found.ctas[3:]) <= {66}
     of = node(found)
     import tomllib
 
