@@ -12,6 +12,7 @@ from policy.profile_table import profile_from
 from sim.spec import load_node
 from tests.calibration.synthetic import Surveyor, truth
 from traces.measurement import ROWS, Conditions, write_measurements
+from weft.calibrate_command import on_machine
 from weft.cli import main
 
 CONDITIONS: dict[str, Any] = {
@@ -96,6 +97,15 @@ def test_old_and_foreign_measurements_are_said(tmp_path: Path, capsys: pytest.Ca
     assert "foreign: the measurements are of NVIDIA A100-SXM4-80GB" in said
     assert "stale: the measurements are" in said
     assert "unfinished" in said
+
+
+def test_a_node_has_no_more_gpus_than_were_measured_together() -> None:
+    base = load_node("a100-pcie-x4")
+    two = on_machine(base, Conditions(**(CONDITIONS | {"num_gpus": 2, "num_sms": 100})))
+    assert (two.num_gpus, two.device.num_sms) == (2, 100)
+    assert {table.ranks for table in two.link.tables} == {2} and all(max(pair) < 2 for pair in two.link.pairs)
+    for changes in ({"num_gpus": 1}, {"num_gpus": 4}, {"num_gpus": 2, "environment": {"imported": "a.csv"}}):
+        assert on_machine(base, Conditions(**(CONDITIONS | {"num_sms": 0} | changes))) == base
 
 
 def test_kernels_of_one_gpu_go_with_the_links_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,14 @@ import pytest
 
 from calibration.collectives import fit_tables
 from calibration.fit import About, Fit, fit_node
+from calibration.gemm_tables import gemm_tables
 from calibration.holdout import is_held_out
 from calibration.kernels import kernel_of, with_cuts
 from calibration.node_file import beliefs, measured_models, node_text, write_node
 from calibration.report import data_of, lines_of
+from models.config import MODELS
 from models.kernel import Kind, collective, gemm
+from models.transformer import BatchShape, layer_kernels
 from policy.profile_table import profile_from
 from sim.cost import Costs
 from sim.fitted import fit_notes
@@ -141,6 +144,27 @@ def test_contention_is_recovered() -> None:
         error = found.held_out_error(kind)
         assert error is not None
         assert error < 0.05
+
+
+def test_launched_ctas_are_taken_over_and_those_of_small_messages_found() -> None:
+    plain, each = truth(), 64 * 2**10
+    gemms = Surveyor(plain).gemms((64, 256), cuts=(1,))
+    launches = [Measurement("launch", row.at, {"ctas": 248.0, "ctas_per_sm": 2.0}, {}, 1) for row in gemms]
+    true = msgspec.structs.replace(
+        plain, gemms=gemm_tables(gemms, launches, plain), link=msgspec.structs.replace(plain.link, cta_bytes=each)
+    )  # fmt: skip
+    surveyor, pairs = Surveyor(true), list[Measurement]()
+    for model in ("opt-30b", "llama-3-70b"):
+        for name, rows in (("fc1", 256), ("out_proj", 64)):
+            kernel = next(k for k in layer_kernels(MODELS[model], BatchShape(rows // 64, 64), 4) if k.name == name)
+            variants = [(size, 0, ctas) for size in (2**16, 2**18, 2**20) for ctas in (0, 8)]
+            pairs += [surveyor.pair(8, kernel, rows, variant) for variant in variants]
+    found = fit_node([*gemms, *launches, *pairs], plain, ABOUT).node
+    assert found.link.cta_bytes == each and "best" in found.sources["link.cta_bytes"]
+    assert {ctas for table in found.gemms for ctas in table.ctas} == {124}
+    # Without launches nobody knows what SMs a GEMM leaves, and nothing is said of small messages.
+    silent = fit_node([*gemms, *pairs], plain, ABOUT).node
+    assert not silent.link.cta_bytes and not any(table.ctas for table in silent.gemms)
 
 
 def test_the_default_number_of_ctas_is_more_than_any_that_was_slower() -> None:

@@ -201,14 +201,16 @@ class Machine:
     now_s: float = 0.0
     rows: dict[str, Measurement] = field(default_factory=dict)
     order: list[Point] = field(default_factory=list)
+    with_launches: bool = False
 
     def survey(self, models: dict[str, Shapes], budget_s: float) -> Lead:
         lead = Lead(
-            make_tasks(models, GPU, 4, on_gpu=True), self.rows, models, GPU, budget_s, lambda: self.now_s
+            make_tasks(models, GPU, 4, on_gpu=True), self.rows, models, GPU, budget_s, lambda: self.now_s,
+            with_launches=self.with_launches,
         )  # fmt: skip
         for lot in lead.lots():
             assert len({(point.what, point.model) for point in lot}) == 1
-            assert len(lot) <= LOTS.get(lot[0].what, 20)
+            assert lot[0].what == "launch" or len(lot) <= LOTS.get(lot[0].what, 20)
             for point in lot:
                 assert point.key not in self.rows, "measured twice"
                 self.now_s += self.cost_s
@@ -251,6 +253,20 @@ def test_the_whole_coarse_grid_comes_before_anything_finer_and_a_straight_machin
     # A curve of two points may bend in between; it is worth a third.
     finer = machine.order[len(coarse) :]
     assert {point.what for point in finer} == {"attention"} and len(finer) < 20
+
+
+def test_a_survey_of_gpus_ends_with_how_its_gemms_are_launched() -> None:
+    machine = Machine(straight)
+    machine.with_launches = True
+    machine.survey(MODEL_SHAPES, 4.0)
+    kinds_in_order = [point.what for point in machine.order]
+    first = kinds_in_order.index("launch")
+    assert set(kinds_in_order[first:]) == {"launch"}
+    gemms = [row.at for row in machine.rows.values() if row.what == "gemm"]
+    assert sorted(map(str, gemms)) == sorted(str(row.at) for row in machine.rows.values() if row.what == "launch")
+    before = len(machine.order)
+    machine.survey(MODEL_SHAPES, 0.0)
+    assert len(machine.order) == before, "launches were measured twice"
 
 
 def test_what_was_measured_before_is_not_measured_again_and_finer_points_of_then_count() -> None:
