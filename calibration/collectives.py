@@ -24,6 +24,7 @@ LEAST_US = 0.1
 WIDE_GAP = 1.5
 MORE_CTAS = 8
 DEFAULT_CTAS = "CTA count is the one with which the node explains best how the default gets on beside computation"
+AS_FAST = "as fast as with"
 Key = tuple[str, int, int]
 
 
@@ -84,7 +85,7 @@ def _default_ctas(
     """How many CTAs the default is taken to have, and why. It must be most, for that is what `sim.cost` takes."""
     for ctas, points in sorted(explicit.items()):
         if _same(default, points):
-            return ctas, f"as fast as with {ctas} CTAs asked for, so taken to be {ctas}"
+            return ctas, f"{AS_FAST} {ctas} CTAs asked for, so taken to be {ctas}"
     most = max(explicit, default=0)
     if most >= usual:
         return most + MORE_CTAS, f"CTA count is an estimate: unlike {most}, the most that was asked for, so more"

@@ -42,6 +42,8 @@ def _launched(launches: Sequence[Measurement]) -> dict[tuple[int, int, bool], di
     found: dict[tuple[int, int, bool], dict[int, int]] = {}
     for row in launches:
         at = row.at
+        if at.get("element_bytes", TABLE_BYTES) != TABLE_BYTES:
+            continue
         key = int(at["cols"]), int(at["inner"]), int(at.get("cut", 1)) > 1
         ctas = -(-int(row.values["ctas"]) // int(row.values["ctas_per_sm"]))
         found.setdefault(key, {})[int(at["rows"])] = ctas

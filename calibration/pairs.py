@@ -136,7 +136,8 @@ def _with_cta_bytes(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     knows what SMs they leave."""
     if not any(table.ctas for table in base.gemms):
         return base
-    links = [msgspec.structs.replace(base.link, cta_bytes=each) for each in CTA_BYTES]
+    choices = dict.fromkeys((base.link.cta_bytes, *CTA_BYTES))  # of equal ones the base's
+    links = [msgspec.structs.replace(base.link, cta_bytes=each) for each in choices]
     nodes = [msgspec.structs.replace(base, link=link) for link in links]
     return min(nodes, key=lambda node: _cost(rows, node))
 

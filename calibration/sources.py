@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from calibration.collectives import DEFAULT_CTAS
+from calibration.collectives import AS_FAST, DEFAULT_CTAS
 from calibration.kernels import SEQUENCE
 from calibration.solve import Estimate
 from sim.spec import NodeSpec, Table
@@ -38,7 +38,8 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     changed = fit.node.link.partitions != base.link.partitions
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
     if fit.node.link.default_ctas != base.link.default_ctas:
-        sources["link.default_ctas"] = f"{told}, {DEFAULT_CTAS}"
+        same = [t.note for t in fit.tables if t.table.ctas == fit.node.link.default_ctas and t.note.startswith(AS_FAST)]
+        sources["link.default_ctas"] = f"{told}, {same[0] if same else DEFAULT_CTAS}"
     else:
         sources["link.default_ctas"] = _base(base, "link.default_ctas")
     sources["link.cta_bytes"] = _base(base, "link.cta_bytes")

@@ -21,10 +21,24 @@ from executor.survey_points import Point
 
 # Between two calls comes a kernel of this name, which does nothing.
 MARKER, MARKER_CYCLES = "spin_kernel", 100
-# What an SM has, compute capability 8.0 to 9.0; each CTA takes some shared memory besides its own.
-SM_THREADS, SM_REGISTERS, SM_CTAS, SHARED_OF_CTA = 2048, 65536, 32, 1024
-REGISTERS_STEP = 256
-SM_SHARED = {8: 164 * 1024, 9: 228 * 1024}
+# Registers of an SM, and in what portions; what a CTA takes of shared memory besides its own.
+SM_REGISTERS, REGISTERS_STEP, SHARED_OF_CTA = 65536, 256, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sm:
+    """What an SM holds at a time: threads, CTAs, bytes of shared memory."""
+
+    threads: int
+    ctas: int
+    shared: int
+
+
+# By compute capability (CUDA C++ Programming Guide, technical specifications).
+SMS = {
+    (8, 0): Sm(2048, 32, 164 * 1024), (8, 6): Sm(1536, 16, 100 * 1024), (8, 9): Sm(1536, 24, 100 * 1024),
+    (9, 0): Sm(2048, 32, 228 * 1024), (10, 0): Sm(2048, 32, 228 * 1024),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,8 @@ class Launched:
 def launches(bed: Bed, bench: CudaBench, points: Sequence[Point]) -> list[Row | str]:
     """A row for every GEMM: its CTAs, and those that an SM holds at a time; of a call of several kernels, those of the
     one that takes longest."""
+    if (sm := SMS.get(capability := torch.cuda.get_device_capability())) is None:
+        return [f"how many CTAs an SM of compute capability {capability} holds is not known here"] * len(points)
     calls = [(bench.compute_stream(int(p.at["withheld_sms"])), bed.calls("gemm", p.at)[0][0]) for p in points]
     for stream, call in calls:  # what is made at a first use is made before
         with torch.cuda.stream(stream):
@@ -55,8 +71,7 @@ def launches(bed: Bed, bench: CudaBench, points: Sequence[Point]) -> list[Row | 
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_bytes())
-    major, _ = torch.cuda.get_device_capability()
-    groups = kernels_of(trace, SM_SHARED.get(major, min(SM_SHARED.values())))
+    groups = kernels_of(trace, sm)
     if len(groups) != len(points):
         return [f"the profiler saw {len(groups)} of {len(points)} calls"] * len(points)
     return [_row(max(group, key=lambda k: k.us)) if group else "the profiler saw no kernel" for group in groups]
@@ -67,8 +82,8 @@ def _row(kernel: Launched) -> Row:
     return Row({name: Sample(float(value), 0.0, 1) for name, value in numbers.items()}, {"kernel": kernel.name})
 
 
-def kernels_of(trace: dict[str, Any], sm_shared: int) -> list[list[Launched]]:
-    """The kernels behind each marker of a trace, in order of time. `sm_shared`: bytes of shared memory of an SM."""
+def kernels_of(trace: dict[str, Any], sm: Sm) -> list[list[Launched]]:
+    """The kernels behind each marker of a trace, in order of time."""
     events = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
     groups: list[list[Launched]] = []
     for event in sorted(events, key=lambda e: e["ts"]):
@@ -77,15 +92,15 @@ def kernels_of(trace: dict[str, Any], sm_shared: int) -> list[list[Launched]]:
         elif groups:
             about = event["args"]
             x, y, z = about["grid"]
-            groups[-1].append(Launched(event["name"], x * y * z, _per_sm(about, sm_shared), event["dur"]))
+            groups[-1].append(Launched(event["name"], x * y * z, _per_sm(about, sm), event["dur"]))
     return groups
 
 
-def _per_sm(about: dict[str, Any], sm_shared: int) -> int:
+def _per_sm(about: dict[str, Any], sm: Sm) -> int:
     """CTAs of a kernel that an SM holds at a time."""
     x, y, z = about["block"]
     threads = x * y * z
     registers = -(-threads * about["registers per thread"] // REGISTERS_STEP) * REGISTERS_STEP
     shared = about["shared memory"] + SHARED_OF_CTA
-    fits = SM_CTAS, SM_THREADS // threads, SM_REGISTERS // max(1, registers), sm_shared // shared
+    fits = sm.ctas, sm.threads // threads, SM_REGISTERS // max(1, registers), sm.shared // shared
     return max(1, int(min(fits)))

@@ -3,12 +3,13 @@
 First the coarse grid: every kind of every model gets a share of the time that is left, so that a short budget covers
 all of them, thinly; what a share was too short for comes later. Then round after round, models with the most doubt
 first: what is left of the coarse grid, and after it the points of `executor.survey_refine`, a slice of time per kind.
+Last, on GPUs, how the GEMMs are launched that were measured: that takes seconds, whatever the budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from executor.survey_points import (
@@ -24,11 +25,11 @@ from executor.survey_points import (
     schedules,
 )
 from executor.survey_refine import candidates
+from models.kernel import Kind
 from traces.measurement import Measurement, point_key
 
-# Shares of the budget that the kinds get of the coarse grid, per model where they need one.
-# A survey ends with how the GEMMs are launched that it has timed; that takes no time to speak of.
 LAUNCH = "launch"
+# Shares of the budget that the kinds get of the coarse grid, per model where they need one.
 SHARES = {"collective": 8.0, "host": 2.0, "gemm": 5.0, "attention": 1.0, "elementwise": 1.5, "sequence": 1.0,
           "pair": 8.0, "two_batches": 17.0}  # fmt: skip
 # Seconds of a round that a kind gets of one model.
@@ -93,7 +94,6 @@ class Lead:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     _failed: set[str] = field(default_factory=set)
     _done: set[str] = field(default_factory=set)
-    _gemms: dict[str, Point] = field(default_factory=dict)
     _end_s: float = 0.0
 
     def lots(self) -> Iterator[list[Point]]:
@@ -123,8 +123,6 @@ class Lead:
     def succeed(self, point: Point) -> None:
         """The point is in the rows."""
         self._done.add(point.what)
-        if point.what == "gemm":
-            self._gemms[point.key] = point
 
     # -- the order --------------------------------------------------------------------------------------------------
 
@@ -136,12 +134,11 @@ class Lead:
             yield from self._until(until_s, task.points)
 
     def _launches(self) -> Iterator[list[Point]]:
-        """The GEMMs that were measured, by model, as points of their own."""
-        known = {point.key: point for task in self.tasks for point in task.points if task.what == "gemm"}
-        measured = [point for key, point in (known | self._gemms).items() if key in self.rows]
-        points = [replace(point, what=LAUNCH) for point in measured]
-        for _, members in groupby(sorted(points, key=lambda p: p.model), key=lambda p: p.model):
-            if lot := [point for point in members if self._is_open(point)]:
+        """The GEMMs that were measured, now or by an earlier survey, by model, as points of their own."""
+        measured = [row for row in self.rows.values() if row.what == "gemm"]
+        for model, shapes in self.models.items():
+            points = [Point(LAUNCH, row.at, model) for row in measured if _is_of(shapes, row)]
+            if lot := [point for point in points if self._is_open(point)]:
                 yield lot
 
     def _until(self, until_s: float, points: Iterable[Point]) -> Iterator[list[Point]]:
@@ -189,6 +186,15 @@ def in_lots(points: Iterable[Point]) -> Iterator[list[Point]]:
         size = LOTS.get(what, len(lot))
         for start in range(0, len(lot), size):
             yield lot[start : start + size]
+
+
+def _is_of(shapes: Shapes, row: Measurement) -> bool:
+    """Whether a GEMM that was measured is one of this model's."""
+    name, rows, withheld, cut = (row.at.get(key, 1) for key in ("name", "rows", "withheld_sms", "cut"))
+    if name not in shapes.kernels(Kind.GEMM):
+        return False
+    like = shapes.gemm(str(name), int(rows), int(withheld), int(cut))
+    return point_key("gemm", like) == row.key
 
 
 def _group(point: Point) -> tuple[str, str, str]:

@@ -59,9 +59,9 @@ class Pairs:
     def measure(self, point: Point) -> Row:
         """One pair."""
         at = point.at
-        comm = self._comm(int(at["bytes"]), int(at["ctas"]), int(at["priority"]))
         compute = self._compute(at)
-        self.bench.run_in(compute, PAIR_US)
+        self.bench.run_in(compute, self.bench.replays_us(compute, 1)[0])
+        comm = self._comm(int(at["bytes"]), int(at["ctas"]), int(at["priority"]))
         alone = self.bench.alone_us(compute), self.bench.alone_us(comm.many)
         each = alone[0] / compute.calls, alone[1] / comm.many.calls
         slow = [shares(self._race(compute, comm), alone, each) for _ in range(RACES)]

@@ -220,8 +220,8 @@ class Costs:
         self._shapes: dict[tuple[Kernel, int], Shape] = {}
 
     def shape(self, kernel: Kernel, withheld_sms: int = 0) -> Shape:
-        """The CTAs of a compute kernel. Of a GEMM whose shape was measured they take together what it took; how many
-        there are, and what share of them is memory, the device's parameters say all the same."""
+        """The CTAs of a compute kernel. Of a GEMM whose shape was measured they take together what it took, and are as
+        many as were launched where that was seen; what share of them is memory the device's parameters say."""
         key = (kernel, withheld_sms)
         shape = self._shapes.get(key)
         if shape is None:
@@ -246,11 +246,11 @@ class Costs:
         return modelled
 
     def _launched(self, shape: Shape, table: GemmTable, rows: int, slots: int) -> Shape:
-        """In the CTAs that the library launched. Where those fill the device, they are not one a tile but take tile
-        after tile: those that find no SM are not missed."""
+        """In the CTAs that the library launched. Where those are one for every SM, they are not one a tile but take
+        tile after tile: those that find no SM are not missed."""
         if not (ctas := table.ctas_at(rows)):
             return shape
-        return shape.launched_as(min(ctas, slots) if ctas >= self.device.num_sms else ctas, slots)
+        return shape.launched_as(min(ctas, slots) if ctas == self.device.num_sms else ctas, slots)
 
     def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
         """SMs that a collective occupies."""

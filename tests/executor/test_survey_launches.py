@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from executor.survey_launches import Launched, kernels_of
-
-H200_SHARED = 228 * 1024
+from executor.survey_launches import SMS, Launched, kernels_of
 
 
 def kernel(
@@ -27,7 +25,7 @@ def test_kernels_are_told_apart_by_the_markers_between_them_whatever_their_order
         kernel("small tiles", 31.0, 8.0, [16, 4, 3], 128, 96, 48 * 1024),
         kernel("spin_kernel(long)", 40.0, 1.0, [1, 1, 1], 1, 16, 0),
     ]
-    assert kernels_of({"traceEvents": events}, H200_SHARED) == [
+    assert kernels_of({"traceEvents": events}, SMS[9, 0]) == [
         [Launched("persistent", 132, 1, 9.0)],
         # Four fit by shared memory (49 KB each), five by registers.
         [Launched("small tiles", 192, 4, 8.0), Launched("split reduction", 64, 8, 2.0)],
