@@ -10,13 +10,12 @@ from pathlib import Path
 
 from calibration.compare import forward_rows
 from calibration.fit import About, Fit, fit_node
-from calibration.kernels import KERNELS
 from calibration.node_file import write_node
 from calibration.plots import write_plots
 from calibration.report import lines_of
 from sim.spec import NodeSpec, load_node
 from traces.files import write_whole
-from traces.measurement import Measurement, read_measurements
+from traces.measurement import KERNELS, Measurement, read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,6 @@ from calibration.gemm_tables import gemm_tables
 from calibration.holdout import is_held_out
 from calibration.host import fit_host
 from calibration.kernels import (
-    KERNELS,
-    LAUNCH,
-    SEQUENCE,
     collective_of,
     ctas_of,
     has_priority,
@@ -32,7 +29,7 @@ from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
 from sim.spec import FitSpec, LinkSpec, NodeSpec
-from traces.measurement import Measurement
+from traces.measurement import KERNELS, LAUNCH, SEQUENCE, Measurement
 
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"

@@ -8,7 +8,8 @@ from math import log2
 from typing import TYPE_CHECKING
 
 from calibration.compare import COMM_ALONE, COMPUTE_ALONE, SERIAL
-from calibration.kernels import LAUNCH, SEQUENCE, label_of
+from calibration.kernels import label_of
+from traces.measurement import LAUNCH, SEQUENCE
 
 if TYPE_CHECKING:
     from traces.measurement import Measurement

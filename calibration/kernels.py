@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 from models.config import MODELS, ModelConfig
 from models.kernel import FunctionVector, Kernel, Kind, collective, elementwise, gemm
 from models.transformer import BatchShape, Layout, function_vector, layer_kernels
+from traces.measurement import KERNELS
 
 if TYPE_CHECKING:
     from traces.measurement import Coordinates, Measurement
 
-# Rows of single compute kernels; of all of a forward pass's in a row.
-KERNELS, SEQUENCE = ("gemm", "attention", "elementwise"), "sequence"
-# How a GEMM is launched.
-LAUNCH = "launch"
 # Numbers of tensor-parallel ranks on which models are measured.
 RANKS = (1, 2, 4, 8, 16)
 

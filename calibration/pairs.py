@@ -66,7 +66,7 @@ def is_simulated(row: Measurement, node: NodeSpec) -> bool:
 
 def race_row(costs: Costs, row: Measurement) -> Outcome:
     """What the simulator says of a row."""
-    return race(costs, pair_of(row), with_delay="start_delay_us" in row.values)
+    return race(costs, pair_of(row), with_delay=DELAY in row.values)
 
 
 def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
@@ -157,14 +157,14 @@ def _default_of(base: NodeSpec, usual: int, ctas: int, ranks: int) -> NodeSpec:
 
 
 def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Parameter, ...]) -> Problem:
-    told = [_told(row) for row in rows]
+    pairs, told = [pair_of(row) for row in rows], [_told(row) for row in rows]
     measured = np.log([value for each in told for value, _ in each.values()])
 
     def log_ratio(values: dict[str, float]) -> Floats:
         costs = Costs(_with(base, values))
         found: list[float] = []
-        for row, each in zip(rows, told, strict=True):
-            outcome = race(costs, pair_of(row), with_delay=DELAY in each)
+        for row, pair, each in zip(rows, pairs, told, strict=True):
+            outcome = race(costs, pair, with_delay=DELAY in each)
             simulated = {"compute_slowdown": outcome.compute_slowdown, "comm_slowdown": outcome.comm_slowdown}
             if DELAY in each:
                 simulated[DELAY] = 1.0 + outcome.start_delay_us / _alone_us(row)

@@ -6,9 +6,9 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from calibration.collectives import AS_FAST, DEFAULT_CTAS
-from calibration.kernels import SEQUENCE
 from calibration.solve import Estimate
 from sim.spec import NodeSpec, Table
+from traces.measurement import SEQUENCE
 
 if TYPE_CHECKING:
     from calibration.fit import About, Fit

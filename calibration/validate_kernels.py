@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from calibration.holdout import is_held_out
-from calibration.kernels import SEQUENCE, ctas_of, has_priority, kernel_of, withheld_of
+from calibration.kernels import ctas_of, has_priority, kernel_of, withheld_of
 from calibration.pairs import race_row
 from calibration.sequence import sequence_us
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_times
 from sim.cost import Costs
 from sim.spec import NodeSpec
-from traces.measurement import Measurement
+from traces.measurement import SEQUENCE, Measurement
 
 LEVEL, PAIRS = "single kernels", "pairs"
 COMPUTE = Target(5.0)

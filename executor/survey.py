@@ -28,13 +28,12 @@ from executor.survey_batches import measure_batches
 from executor.survey_bed import Bed
 from executor.survey_bench import Bench, CpuBench, Row
 from executor.survey_host import Host
-from executor.survey_lead import LAUNCH, SHARES, Lead, Skipped, make_tasks
+from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
 from executor.survey_pairs import Pairs
 from executor.survey_points import CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
-from traces.measurement import Conditions, Measurement, MeasurementLog
+from traces.measurement import KERNELS, LAUNCH, SEQUENCE, Conditions, Measurement, MeasurementLog
 
-KERNELS = frozenset({"gemm", "attention", "elementwise"})
 MOST_WORDS = 300
 
 
@@ -207,7 +206,7 @@ class Surveyor:
             return self.traffic.measure(self.bench, point)
         if point.what in KERNELS:
             return bed.measure(self.bench, point)
-        if point.what == "sequence":
+        if point.what == SEQUENCE:
             return bed.measure_sequence(self.bench, point)
         row: Row = self._users[point.what].measure(point)
         return row

@@ -15,7 +15,7 @@ import torch
 
 from executor.cuda import hold
 from executor.survey_bed import Bed
-from executor.survey_bench import Row, Sample
+from executor.survey_bench import Row, sample_of
 from executor.survey_cuda import CudaBench
 from executor.survey_points import Point
 
@@ -78,8 +78,8 @@ def launches(bed: Bed, bench: CudaBench, points: Sequence[Point]) -> list[Row | 
 
 
 def _row(kernel: Launched) -> Row:
-    numbers = {"ctas": kernel.ctas, "ctas_per_sm": kernel.ctas_per_sm}
-    return Row({name: Sample(float(value), 0.0, 1) for name, value in numbers.items()}, {"kernel": kernel.name})
+    found = {"ctas": sample_of([kernel.ctas]), "ctas_per_sm": sample_of([kernel.ctas_per_sm])}
+    return Row(found, {"kernel": kernel.name})
 
 
 def kernels_of(trace: dict[str, Any], sm: Sm) -> list[list[Launched]]:

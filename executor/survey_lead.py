@@ -26,9 +26,8 @@ from executor.survey_points import (
 )
 from executor.survey_refine import candidates
 from models.kernel import Kind
-from traces.measurement import Measurement, point_key
+from traces.measurement import LAUNCH, Measurement, point_key
 
-LAUNCH = "launch"
 # Shares of the budget that the kinds get of the coarse grid, per model where they need one.
 SHARES = {"collective": 8.0, "host": 2.0, "gemm": 5.0, "attention": 1.0, "elementwise": 1.5, "sequence": 1.0,
           "pair": 8.0, "two_batches": 17.0}  # fmt: skip

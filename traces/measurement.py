@@ -21,17 +21,19 @@ from traces.files import write_whole
 CONDITIONS, ROWS, MANIFEST = "conditions.json", "measurements.jsonl", "manifest.json"
 Coordinates = dict[str, int | float | str]
 
+# Rows of single compute kernels, of all of a forward pass's in a row, and of how a GEMM is launched.
+KERNELS, SEQUENCE, LAUNCH = ("gemm", "attention", "elementwise"), "sequence", "launch"
 # Kinds of rows and the coordinates that each needs; it may have more.
 NEEDED: dict[str, tuple[str, ...]] = {
     "gemm": ("name", "rows", "cols", "inner"),
     "attention": ("name", "num_sequences", "length", "num_heads", "head_dim", "flops", "bytes_moved", "num_ctas"),
     "elementwise": ("name", "rows", "bytes_moved", "num_ctas"),
-    "sequence": ("model", "num_layers", "rows", "length", "num_ranks"),
+    SEQUENCE: ("model", "num_layers", "rows", "length", "num_ranks"),
     "collective": ("op", "bytes", "num_ranks", "ctas"),
     "pair": ("compute", "kind", "op", "bytes", "num_ranks", "ctas", "withheld_sms", "priority"),
-    "host": ("name",),
-    "launch": ("name", "rows", "cols", "inner"),
     "two_batches": ("model", "num_layers", "rows", "length", "schedule"),
+    "host": ("name",),
+    LAUNCH: ("name", "rows", "cols", "inner"),
 }
 # What may stand beside the coordinates and is none: the plan of two batches in words, what a kernel is called.
 DESCRIBING = frozenset({"plan", "kernel"})

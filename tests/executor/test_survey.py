@@ -236,6 +236,11 @@ def straight(point: Point) -> float:
     return math.sqrt(float(point.at.get(axis, 1)))
 
 
+def stepped(point: Point) -> float:
+    """The same with a step, which is worth finer points."""
+    return straight(point) * (1.0 + 0.3 * (float(point.at.get("rows", 1)) > 300))
+
+
 @pytest.mark.parametrize("budget_s", [1.5, 4.0, 12.0])
 def test_a_short_budget_covers_every_kind_and_is_kept(budget_s: float) -> None:
     machine = Machine(straight)
@@ -256,7 +261,7 @@ def test_the_whole_coarse_grid_comes_before_anything_finer_and_a_straight_machin
 
 
 def test_a_survey_of_gpus_ends_with_how_its_gemms_are_launched() -> None:
-    machine = Machine(lambda point: straight(point) * (1.0 + 0.3 * (float(point.at.get("rows", 1)) > 300)))
+    machine = Machine(stepped)
     machine.with_launches = True
     machine.survey(MODEL_SHAPES, 80.0)
     kinds_in_order = [point.what for point in machine.order]
@@ -279,7 +284,7 @@ def test_a_survey_of_gpus_ends_with_how_its_gemms_are_launched() -> None:
 
 
 def test_what_was_measured_before_is_not_measured_again_and_finer_points_of_then_count() -> None:
-    machine = Machine(lambda point: straight(point) * (1.0 + 0.3 * (float(point.at.get("rows", 1)) > 300)))
+    machine = Machine(stepped)
     machine.survey(MODEL_SHAPES, 40.0)
     first = set(machine.rows)
     machine.survey(MODEL_SHAPES, 40.0)
