@@ -4,6 +4,7 @@ seen. Shapes that are held out get none, so that their errors stay those of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from statistics import median
 
 from calibration.kernels import kernel_of, withheld_of
@@ -45,8 +46,7 @@ def _launched(launches: Sequence[Measurement]) -> dict[tuple[int, int, bool], di
         if at.get("element_bytes", TABLE_BYTES) != TABLE_BYTES:
             continue
         key = int(at["cols"]), int(at["inner"]), int(at.get("cut", 1)) > 1
-        ctas = -(-int(row.values["ctas"]) // int(row.values["ctas_per_sm"]))
-        found.setdefault(key, {})[int(at["rows"])] = ctas
+        found.setdefault(key, {})[int(at["rows"])] = ceil(row.values["ctas"] / row.values["ctas_per_sm"])
     return found
 
 

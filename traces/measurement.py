@@ -35,6 +35,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "host": ("name",),
     LAUNCH: ("name", "rows", "cols", "inner"),
 }
+# Values that a row needs, if not `us`; a pair may know one side alone.
+NEEDED_VALUES: dict[str, tuple[str, ...]] = {"pair": (), LAUNCH: ("ctas", "ctas_per_sm")}
 # What may stand beside the coordinates and is none: the plan of two batches in words, what a kernel is called.
 DESCRIBING = frozenset({"plan", "kernel"})
 
@@ -266,6 +268,8 @@ def _measurement(row: dict[str, Any], where: str, digest: str) -> Measurement:
         if not isinstance(part, dict) or not part or not all(_is_number(value) for value in part.values()):
             raise ValueError(f"{where}: {name} is {part!r}; it must be an object of finite numbers")
     assert isinstance(values, dict) and isinstance(spread, dict)
+    if missing := [name for name in NEEDED_VALUES.get(what, ("us",)) if name not in values]:
+        raise ValueError(f"{where}: a row of {what} needs {missing[0]!r} in values")
     if values.keys() != spread.keys():
         raise ValueError(f"{where}: spread has {', '.join(spread)} where values has {', '.join(values)}")
     for name, value in values.items():
