@@ -66,14 +66,14 @@ def levers(rows: list[dict[str, Any]]) -> None:
 
 
 def plane(rows: list[dict[str, Any]]) -> None:
-    """P50 and P90 of every policy over the rates."""
+    """P50 and P90 of every policy over the rates, and what it serves at the highest."""
     rates = sorted({row["rate"] for row in rows if "policy" in row})
-    print(f"| link, policy | {' | '.join(f'{rate:.0f}/s' for rate in rates)} |")
-    print("|---" * (1 + len(rates)) + "|")
+    print(f"| link, policy | {' | '.join(f'{rate:.0f}/s' for rate in rates)} | served at {rates[-1]:.0f}/s |")
+    print("|---" * (2 + len(rates)) + "|")
     for mode, policy in dict.fromkeys((row["mode"], row["policy"]) for row in rows if "policy" in row):
         by_rate = {row["rate"]: row for row in rows if (row["mode"], row.get("policy")) == (mode, policy)}
         cells = [f"{by_rate[r]['median_e2el_ms']:.0f}, {by_rate[r]['p90_e2el_ms']:.0f}" for r in rates]
-        print(f"| {mode}, {policy} | {' | '.join(cells)} |")
+        print(f"| {mode}, {policy} | {' | '.join(cells)} | {by_rate[rates[-1]]['request_throughput']:.0f} |")
 
 
 def ablation(rows: list[dict[str, Any]]) -> None:
