@@ -1,4 +1,5 @@
-"""Simulated serving beside what was measured on 4 and 2 x H200, and beside the published artifact's. Prints Markdown.
+"""Simulated serving beside what was measured on 4 and 2 x H200, and beside the published artifact's; of two GPUs with
+the nodes of four, and with those that were fitted to two. Prints Markdown.
 
 python benchmarks/against_hardware.py                 # fitted nodes
 python benchmarks/against_hardware.py --suffix ""     # the nodes before they were fitted
@@ -32,6 +33,9 @@ from traces.request import Request
 DATA = Path(__file__).parent / "data"
 SERVED = ("h200-x4-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/deep.jsonl")
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
+OF_TWO = {"as-is": "h200-nvlink-x2-fitted", "host-staged": "h200-hoststaged-x2-fitted"}
+# Requests as they come, one by one; which of them were answered when they were through.
+PLANES = {"plane-prompt.jsonl": ("tensor",), "plane.jsonl": ("pipeline", "interleaved")}
 TP4 = Layout(4, 1)
 KEYS = ("request_throughput", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms")
 # The repaired artifact's capacity on this kind of node, batches of two of 16 to 115 tokens, 131 of them, and its own
@@ -60,6 +64,7 @@ def served(
     """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
     model = replace(MODELS[name], num_layers=layers, vocab_size=0)
     options = Options(pad_to=pad_to, adaptive=not forced, **forced)
+    options = replace(options, depth=max(options.depth, layout.pp + 2)) if layout.pp > 1 else options
     scheduler = Scheduler(policy, options, profile_of(node), Vectors(model, layout))
     return metrics(Simulation(node, layout, scheduler, Fidelity()).run(list(requests)))
 
@@ -70,6 +75,37 @@ def measured() -> Iterator[dict[str, Any]]:
         for line in (DATA / name).read_text().splitlines():
             if "policy" in (row := json.loads(line)):
                 yield row
+
+
+def plane() -> Iterator[dict[str, Any]]:
+    """The rows of the plane on two GPUs."""
+    for name, policies in PLANES.items():
+        for line in (DATA / "h200-x2-2026-11-21" / name).read_text().splitlines():
+            if (row := json.loads(line)).get("policy") in policies:
+                yield row
+
+
+def of_two() -> None:
+    """What was measured on two GPUs, beside the nodes that were fitted to two."""
+    nodes = {mode: load_node(name) for mode, name in OF_TWO.items()}
+    head = "| mean ms | P50 | P90 | P99 |\n|---|---|---|---|---|---|---|"
+    print(f"\n| link, model × layers, policy | offered | batches/s {head}")
+    for row in measured():
+        if row["layout"][0] == 2:
+            requests = twins(arrivals(row["num_requests"] // 2, row["rate"]))
+            _print_beside(row, nodes[row["mode"]], requests, row["pad_to"], 2.0)
+    print(f"\n| link, model × layers, policy | offered | requests/s {head}")
+    for row in plane():
+        _print_beside(row, nodes[row["mode"]], arrivals(row["num_requests"], row["rate"]), Options().pad_to, 1.0)
+
+
+def _print_beside(
+    row: dict[str, Any], node: NodeSpec, requests: tuple[Request, ...], pad_to: int, scale: float
+) -> None:  # fmt: skip
+    found = served(node, row["model"], row["num_layers"], row["policy"], requests, pad_to, Layout(*row["layout"]))
+    cells = [_beside(row[key], found[key], scale if key == "request_throughput" else 1.0) for key in KEYS]
+    name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
+    print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -106,6 +142,7 @@ def main() -> None:
             found = served(node, model, layers, policy, requests, 1)["request_throughput"]
             cells.append(_beside(2.0 * known, found, 2.0))
         print(f"| {mode}, {model} × {layers} | {' | '.join(cells)} |")
+    of_two()
 
 
 def _beside(known: float, found: float, scale: float) -> str:

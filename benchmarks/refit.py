@@ -1,11 +1,13 @@
 """Fit the shipped H200 nodes again to the surveys that are committed, and write their files and reports.
 
-Run: python benchmarks/refit.py [--out sim/nodes] [--report weft-refit]
+Run: python benchmarks/refit.py [--out sim/nodes] [--report weft-refit] [--only NODE]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from calibration.compare import forward_rows
@@ -27,6 +29,10 @@ KERNELS_FROM = "survey-kernels"
 # Whole forwards, of which one after the other and its parts alone say what a collective waits for.
 FORWARDS = "second-forward.jsonl"
 SUFFIX = "-fitted"
+# Of two GPUs everything was measured under load: link mode, and the node that keeps what that cannot tell.
+TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
+OF_TWO = {"nvlink": "h200-nvlink-x4", "hoststaged": "h200-hoststaged-x4"}
+KERNELS_OF_TWO = ("survey-kernels-opt-glm", "survey-kernels-glm-llama")
 
 
 def fitted(folder: Path, base: str) -> Fit:
@@ -45,17 +51,30 @@ def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec
     return [survey, rows[num_first:], forwards], on_machine(load_node(base), conditions[0]), about
 
 
+def fitted_of_two(mode: str, base: str) -> Fit:
+    """The same of two GPUs."""
+    folders = [TWO / f"schedules-{mode}", TWO / f"survey-{mode}", *(TWO / name for name in KERNELS_OF_TWO)]
+    conditions, rows, about = read_folders(folders, f"h200-{mode}-x2{SUFFIX}")
+    return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
+
+
+FITS: dict[str, Callable[[], Fit]] = {
+    **{base + SUFFIX: partial(fitted, DATA / name, base) for name, base in SURVEYS.items()},
+    **{f"h200-{mode}-x2{SUFFIX}": partial(fitted_of_two, mode, base) for mode, base in OF_TWO.items()},
+}
+
+
 def main() -> None:
     """Fit and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "sim" / "nodes")
     parser.add_argument("--report", type=Path, default=Path("weft-refit"))
-    parser.add_argument("--only", choices=tuple(SURVEYS))
+    parser.add_argument("--only", choices=tuple(FITS))
     args = parser.parse_args()
-    for name, base in SURVEYS.items():
+    for name, fit_of in FITS.items():
         if args.only not in (None, name):
             continue
-        fit = fitted(DATA / name, base)
+        fit = fit_of()
         write_node(args.out / f"{fit.node.name}.toml", fit.node)
         folder = args.report / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,9 @@ LEAST_US = 0.1
 # Sizes that are further apart than this factor get a knot between them.
 WIDE_GAP = 1.5
 MORE_CTAS = 8
-DEFAULT_CTAS = "CTA count is the one with which the node explains best how the default gets on beside computation"
-AS_FAST = "as fast as with"
+SEEN_CTAS = "CTA count is the most with which messages were seen to be launched"
 Key = tuple[str, int, int]
+Launched = dict[Key, dict[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,17 @@ class TableFit:
     note: str
 
 
-def fit_tables(rows: Sequence[Measurement], base: LinkSpec, gap_us: float) -> list[TableFit]:
+def fit_tables(
+    rows: Sequence[Measurement], channels: Sequence[Measurement], base: LinkSpec, gap_us: float
+) -> list[TableFit]:
     """A table for every operation, number of ranks and bound on CTAs that was measured at two sizes or more.
 
-    `gap_us`: from one collective of a graph to the next, which measured times have in them and tables have not. Rows
-    with the library's number of CTAs go to the base node's default, which is an estimate; if the same number was also
-    asked for and was slower, the default must be more.
+    `channels`: with how many CTAs collectives were seen to be launched. `gap_us`: from one collective of a graph to the
+    next, which measured times have in them and tables have not. Rows with the library's number of CTAs go to the number
+    that was seen; where none was, to the base node's default, which is an estimate: if the same number was also asked
+    for and was slower, the default must be more.
     """
+    launched = _launched(channels)
     series: dict[Key, dict[int, tuple[float, float]]] = {}
     for (op, ranks, ctas, size), some in sorted(_grouped(rows).items()):
         us = max(LEAST_US, median(row.values["us"] for row in some) - gap_us)
@@ -54,14 +58,27 @@ def fit_tables(rows: Sequence[Measurement], base: LinkSpec, gap_us: float) -> li
         if len(points) < 2:
             continue
         explicit = {key[2]: table for key, table in series.items() if key[:2] == (op, ranks) and key[2]}
-        if not ctas:
+        seen = launched.get((op, ranks, ctas), {})
+        default = max(launched.get((op, ranks, 0), {0: 0}).values())
+        if not ctas and default:
+            count, note = default, SEEN_CTAS
+        elif not ctas:
             count, note = _default_ctas(points, explicit, usual_ctas(base, op, ranks))
-        elif 0 in {key[2] for key in series if key[:2] == (op, ranks)} and _same(points, series[op, ranks, 0]):
+        elif (op, ranks, 0) in series and (ctas == default if default else _same(points, series[op, ranks, 0])):
             continue  # the default is measured as well, and is this
         else:
             count, note = ctas, ""
-        fits.append(_smoothed(op, ranks, count, points, note))
+        fits.append(_smoothed(op, ranks, count, points, note, seen))
     return fits
+
+
+def _launched(channels: Sequence[Measurement]) -> Launched:
+    """CTAs by size, of each operation, number of ranks and bound."""
+    found: Launched = {}
+    for row in channels:
+        key = str(row.at["op"]), int(row.at["num_ranks"]), int(row.at["ctas"])
+        found.setdefault(key, {})[int(row.at["bytes"])] = int(row.values["ctas"])
+    return found
 
 
 def usual_ctas(base: LinkSpec, op: str, ranks: int) -> int:
@@ -85,7 +102,7 @@ def _default_ctas(
     """How many CTAs the default is taken to have, and why. It must be most, for that is what `sim.cost` takes."""
     for ctas, points in sorted(explicit.items()):
         if _same(default, points):
-            return ctas, f"{AS_FAST} {ctas} CTAs asked for, so taken to be {ctas}"
+            return ctas, f"as fast as with {ctas} CTAs asked for, so taken to be {ctas}"
     most = max(explicit, default=0)
     if most >= usual:
         return most + MORE_CTAS, f"CTA count is an estimate: unlike {most}, the most that was asked for, so more"
@@ -98,7 +115,9 @@ def _same(one: dict[int, tuple[float, float]], two: dict[int, tuple[float, float
     return bool(ratios) and float(np.median(ratios)) < SAME
 
 
-def _smoothed(op: str, ranks: int, ctas: int, points: dict[int, tuple[float, float]], note: str) -> TableFit:
+def _smoothed(
+    op: str, ranks: int, ctas: int, points: dict[int, tuple[float, float]], note: str, seen: dict[int, int]
+) -> TableFit:
     """Times at the measured sizes that are near the measured ones and do not bend needlessly: least squares of both,
     each in units of what is usual."""
     sizes = sorted({*points, *_between(sorted(points))})
@@ -110,7 +129,14 @@ def _smoothed(op: str, ranks: int, ctas: int, points: dict[int, tuple[float, flo
     us = np.exp(covariance @ (log_us * weight))
     error = float(np.median(np.sqrt(np.diag(covariance))))
     rounded = tuple(float(f"{value:.4g}") for value in us)
-    return TableFit(Table(op=op, ranks=ranks, ctas=ctas, bytes=tuple(sizes), us=rounded), error, note)
+    launched = tuple(_next_larger(seen, size) for size in sizes) if seen else ()
+    table = Table(op=op, ranks=ranks, ctas=ctas, bytes=tuple(sizes), us=rounded, launched=launched)
+    return TableFit(table, error, note)
+
+
+def _next_larger(seen: dict[int, int], size: int) -> int:
+    """What was seen of the next larger size, or of the largest."""
+    return seen[min((other for other in seen if other >= size), default=max(seen))]
 
 
 def _between(sizes: Sequence[int]) -> list[int]:

@@ -9,11 +9,11 @@ from statistics import fmean
 import msgspec
 import numpy as np
 
-from calibration.collectives import DEFAULT_CTAS, TableFit, fit_tables
+from calibration.collectives import SEEN_CTAS, TableFit, fit_tables
 from calibration.gemm import fit_gemms
-from calibration.gemm_tables import gemm_tables
+from calibration.gemm_tables import are_persistent, gemm_tables
 from calibration.holdout import is_held_out
-from calibration.host import fit_host
+from calibration.host import fit_event_gap, fit_host
 from calibration.kernels import (
     collective_of,
     ctas_of,
@@ -23,13 +23,13 @@ from calibration.kernels import (
     withheld_of,
 )
 from calibration.memory import fit_attention, fit_elementwise
-from calibration.pairs import fit_pairs, is_kept_out, is_simulated, race_row
+from calibration.pairs import DEFAULT_CTAS, fit_pairs, is_kept_out, is_simulated, race_row
 from calibration.sequence import JOIN, SWITCH, fit_join, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
 from sim.spec import FitSpec, LinkSpec, NodeSpec
-from traces.measurement import KERNELS, LAUNCH, SEQUENCE, Measurement
+from traces.measurement import CHANNELS, KERNELS, LAUNCH, SEQUENCE, Measurement
 
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"
@@ -112,17 +112,21 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
             seen.setdefault(row.what, []).append(row)
     node, estimates, choices = _fit_device(seen, base, rng)
     node = msgspec.structs.replace(node, gemms=gemm_tables(seen.get("gemm", []), seen.get(LAUNCH, []), base))
-    tables = fit_tables(seen.get("collective", []), base.link, base.device.graph_gap_us)
+    tables = fit_tables(seen.get("collective", []), seen.get(CHANNELS, []), base.link, base.device.graph_gap_us)
     node = msgspec.structs.replace(node, link=_with_tables(node.link, tables, measurements))
     host, estimates["host"] = fit_host(seen.get("host", []), base.host)
+    gap = estimates["device"]["event_gap_us"] = fit_event_gap(seen.get("host", []), base.device)
+    node = msgspec.structs.replace(node, device=msgspec.structs.replace(node.device, event_gap_us=gap.value))
     node = _rounded(msgspec.structs.replace(node, host=host))
     before, pairs = node.device, fit_pairs(seen.get("pair", []), node)
     tables = [
         replace(fit, table=table, note=fit.note if table.ctas == fit.table.ctas else DEFAULT_CTAS)
         for fit, table in zip(tables, pairs.node.link.tables, strict=False)
     ]
+    choices |= _default_ctas(tables, pairs.node.link, base.link)
     traffic = pairs.estimates.pop("hbm_per_byte")
     estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
+    choices |= pairs.choices
     switch = fit_switch(
         seen.get(SEQUENCE, []),
         [row for what in KERNELS for row in seen.get(what, [])],
@@ -152,10 +156,22 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     return Fit(node, estimates, tuple(tables), residuals, choices)
 
 
+def _default_ctas(tables: Sequence[TableFit], link: LinkSpec, base: LinkSpec) -> dict[str, str]:
+    """Where the default CTAs come from, if not from the base: what the table that has them says."""
+    sums = [fit for fit in tables if fit.table.op == "all_reduce" and fit.table.ctas == link.default_ctas and fit.note]
+    note = max(sums, key=lambda fit: fit.table.ranks).note if sums else ""
+    return {"default_ctas": note} if note == SEEN_CTAS or (note and link.default_ctas != base.default_ctas) else {}
+
+
 def _fit_device(
     seen: dict[str, list[Measurement]], base: NodeSpec, rng: np.random.Generator
 ) -> tuple[NodeSpec, dict[str, dict[str, Estimate]], dict[str, str]]:
     device, estimates, choices = base.device, dict[str, Estimate](), dict[str, str]()
+    if launches := seen.get(LAUNCH):
+        persistent = are_persistent(launches, device.num_sms)
+        device = msgspec.structs.replace(device, gemm_persistent=persistent)
+        many = "none" if persistent else "some"
+        choices["gemm_persistent"] = f"of {len(launches)} launches of GEMMs {many} had more CTAs than the SMs hold"
     if len(rows := seen.get("gemm", [])) >= FEWEST_ROWS:
         gemms = fit_gemms(rows, device, rng)
         device, estimates = gemms.device, dict(gemms.estimates)
@@ -178,7 +194,8 @@ def _with_tables(link: LinkSpec, fits: Sequence[TableFit], measurements: Sequenc
     kept = [table for table in link.tables if (table.op, table.ranks) not in fitted or table.path]
     withheld = {withheld_of(row) for row in measurements if row.what in ("gemm", "pair")}
     partitions = tuple(sorted(withheld | {0})) if len(withheld) > 1 else link.partitions
-    return msgspec.structs.replace(link, tables=(*tables, *kept), partitions=partitions)
+    default = next((fit.table.ctas for fit in fits if fit.note == SEEN_CTAS), link.default_ctas)
+    return msgspec.structs.replace(link, tables=(*tables, *kept), partitions=partitions, default_ctas=default)
 
 
 def residuals_of(node: NodeSpec, measurements: Sequence[Measurement]) -> list[Residual]:

@@ -3,6 +3,7 @@ seen. Shapes that are held out get none, so that their errors stay those of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
@@ -13,13 +14,16 @@ from sim.spec import GemmTable, NodeSpec
 from traces.measurement import Measurement
 
 SHORTEST_US = 1e-3
+# In names such as nvjet_sm90_hsh_192x128_64x5_1x2_h_bz_coopB_bias_TNT: the tile (columns, rows) of the result.
+TILE = re.compile(r"^nvjet_\w+?_(\d+)x(\d+)_")
+LARGEST_TILE = 256 * 256
 
 
 def gemm_tables(rows: Sequence[Measurement], launches: Sequence[Measurement], base: NodeSpec) -> tuple[GemmTable, ...]:
     """A table for each shape, partition, and whether it is a piece; the base's where nothing was measured. Several rows
     of one point, as of kernels of different names, count as their median. `base` is a node in series."""
     found: dict[tuple[int, int, int, bool], dict[int, list[float]]] = {}
-    seen = _launched(launches)
+    seen = _launched(launches, base.device.num_sms)
     for row in rows:
         kernel = kernel_of(row)
         if kernel.element_bytes == TABLE_BYTES:
@@ -38,7 +42,7 @@ def gemm_tables(rows: Sequence[Measurement], launches: Sequence[Measurement], ba
     return (*kept, *tables)
 
 
-def _launched(launches: Sequence[Measurement]) -> dict[tuple[int, int, bool], dict[int, int]]:
+def _launched(launches: Sequence[Measurement], num_sms: int) -> dict[tuple[int, int, bool], dict[int, int]]:
     """CTAs by shape and rows, in units of what an SM holds: the library does not look at partitions."""
     found: dict[tuple[int, int, bool], dict[int, int]] = {}
     for row in launches:
@@ -46,8 +50,27 @@ def _launched(launches: Sequence[Measurement]) -> dict[tuple[int, int, bool], di
         if at.get("element_bytes", TABLE_BYTES) != TABLE_BYTES:
             continue
         key = int(at["cols"]), int(at["inner"]), int(at.get("cut", 1)) > 1
-        found.setdefault(key, {})[int(at["rows"])] = ceil(row.values["ctas"] / row.values["ctas_per_sm"])
+        found.setdefault(key, {})[int(at["rows"])] = _in_turn(row, num_sms)
     return found
+
+
+def _in_turn(row: Measurement, num_sms: int) -> int:
+    """CTAs in units of what an SM holds; where there is one for every SM, times the tiles that each takes, where the
+    name of the kernel tells them."""
+    ctas, at = ceil(row.values["ctas"] / row.values["ctas_per_sm"]), row.at
+    tile = TILE.search(str(at.get("kernel", ""))) if ctas == num_sms else None
+    if tile is None:
+        return ctas
+    cols, rows = int(tile[1]), int(tile[2])
+    tiles = ceil(int(at["cols"]) / cols) * ceil(int(at["rows"]) / rows)
+    return ceil(tiles / num_sms) * num_sms
+
+
+def are_persistent(launches: Sequence[Measurement], num_sms: int) -> bool:
+    """Whether GEMMs never have more CTAs than the SMs hold, however large they are."""
+    most = max((ceil(row.values["ctas"] / row.values["ctas_per_sm"]) for row in launches), default=0)
+    large = [row for row in launches if int(row.at["rows"]) * int(row.at["cols"]) > LARGEST_TILE * num_sms]
+    return bool(large) and most <= num_sms
 
 
 def _ctas(seen: dict[int, int], rows: Sequence[int]) -> tuple[int, ...]:

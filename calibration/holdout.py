@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from calibration.compare import COMM_ALONE, COMPUTE_ALONE, SERIAL
 from calibration.kernels import label_of
-from traces.measurement import LAUNCH, SEQUENCE
+from traces.measurement import CHANNELS, LAUNCH, SEQUENCE
 
 if TYPE_CHECKING:
     from traces.measurement import Measurement
@@ -30,7 +30,7 @@ def is_held_out(measurement: Measurement) -> bool:
     if measurement.what == "two_batches":
         cell = tuple(str(measurement.at[key]) for key in ("model", "num_layers", "rows", "length"))
         return measurement.at["schedule"] not in UNMIXED or _falls_out(("two_batches", *cell))
-    if measurement.what == "collective":
+    if measurement.what in ("collective", CHANNELS):
         return round(log2(max(1.0, float(measurement.at["bytes"])))) % PARTS == HELD_OUT_OCTAVE
     if measurement.what == SEQUENCE:
         return _falls_out((SEQUENCE, str(measurement.at["model"]), int(measurement.at["rows"])))

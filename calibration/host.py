@@ -8,7 +8,7 @@ from math import sqrt
 from statistics import median
 
 from calibration.solve import Estimate
-from sim.spec import HostSpec
+from sim.spec import DeviceSpec, HostSpec
 from traces.measurement import Measurement
 
 # Rows that a cost may come from, the best first; a cost of the executor's launches has the events that belong to it.
@@ -16,7 +16,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "launch_us": ("issue", "launch"),
     "collective_launch_us": ("issue_collective", "collective_launch"),
     "graph_launch_us": ("issue_graph", "graph_launch"),
-    "graph_kernel_us": ("graph_kernel",),
+    "graph_kernel_us": ("issue_kernel", "graph_kernel"),
     "event_us": ("event",),
     "synchronize_us": ("synchronize_spinning", "synchronize"),
     "plan_us": ("plan",),
@@ -25,6 +25,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 WITH_EVENTS = ("issue", "issue_collective", "issue_graph")
 # The simulator adds one event for a launch's mark and one for every wait; the launches that were measured wait once.
 EVENTS_OF_A_LAUNCH = 2
+EVENT_GAP = "event_gap"
 
 
 def fit_host(rows: Sequence[Measurement], base: HostSpec) -> tuple[HostSpec, dict[str, Estimate]]:
@@ -46,6 +47,14 @@ def fit_host(rows: Sequence[Measurement], base: HostSpec) -> tuple[HostSpec, dic
         estimates[field] = Estimate(field, value, error, True, f"measured as {name}")
     fields = {field: values.get(field, getattr(base, field)) for field in base.__struct_fields__}
     return HostSpec(**fields), estimates
+
+
+def fit_event_gap(rows: Sequence[Measurement], base: DeviceSpec) -> Estimate:
+    """How much later a launch starts that waits for one on another stream, in microseconds."""
+    if not (some := [row for row in rows if row.at["name"] == EVENT_GAP]):
+        return Estimate("event_gap_us", base.event_gap_us, float("nan"), False, "not measured")
+    value, error = _cost(some)
+    return Estimate("event_gap_us", value, error, True, f"measured as {EVENT_GAP}")
 
 
 def _cost(rows: Sequence[Measurement]) -> tuple[float, float]:

@@ -25,8 +25,7 @@ MOST_SLOWDOWN = 6.0
 DEFAULTS = (2, 4, 12, 20, 24)
 # SMs that a full wave of the GEMM library may leave.
 LEFT_BY_WAVES = (4, 8, 12, 16)
-# One CTA of a collective for at least so many bytes of its message; 0: always all of them.
-CTA_BYTES = (0, 16 * 2**10, 32 * 2**10, 64 * 2**10)
+DEFAULT_CTAS = "CTA count is the one with which the node explains best how the default gets on beside computation"
 # A series of collectives that is slowed more is kept out by kernels that leave no SM: which of the two is first in
 # between decides how much, so that such a number says nothing of one that comes alone, as in schedules.
 KEPT_OUT = 4.0
@@ -35,9 +34,11 @@ SIDES = ("compute_slowdown", "comm_slowdown")
 DELAY = "start_delay_us"
 BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwise": "elementwise_by_comm"}
 BACK = {"gemm": "comm_by_compute", "attention": "comm_by_attention", "elementwise": "comm_by_elementwise"}
-STREAM = "comm_stream_by_compute"
+STREAM, BY_TRAFFIC = "comm_stream_by_compute", "by_traffic"
 # Beside a collective of how many CTAs slowdowns are said, where several numbers of CTAs were measured.
 PER_CTAS = 16.0
+# Small and large kernels of a kind differ by this much at least.
+SMALL_TO_LARGE = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class PairFit:
 
     node: NodeSpec
     estimates: dict[str, Estimate]
+    choices: dict[str, str]
 
 
 def is_kept_out(row: Measurement) -> bool:
@@ -73,19 +75,28 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     """Slowdowns by kind, of communication, and memory traffic of a collective per byte, on the node fitted so far."""
     usable = [row for row in rows if is_simulated(row, base) and all(side in row.values for side in SIDES)]
     usable = usable[:: -(-len(usable) // MOST_ROWS)] if usable else []
-    estimates: dict[str, Estimate] = {}
+    estimates, choices = dict[str, Estimate](), dict[str, str]()
     traffic = base.link.hbm_per_byte
     if usable:
         if 0 in (counts := {ctas_of(row) for row in usable}) and len(counts) > 1:
-            base = _with_counts(_in_proportion(base), usable)
-        estimates = dict(solve(_problem(usable, base, _parameters(usable, base))).estimates)
+            base = _in_proportion(base)
+            if not any(table.launched for table in base.link.tables):
+                base = _with_counts(base, usable)
+        solution = solve(_problem(usable, base, _parameters(usable, base)))
+        if _tells_traffic(usable):
+            other = _by_traffic(base)
+            found = solve(_problem(usable, other, _parameters(usable, other)))
+            choices[BY_TRAFFIC] = f"robust cost of pairs {found.cost:.0f}, the other way {solution.cost:.0f}"
+            if found.cost < solution.cost:
+                base, solution = other, found
+        estimates = dict(solution.estimates)
         if per := base.contention.per_ctas:
             told = "slowdowns of compute are said beside so many CTAs"
             estimates["per_ctas"] = Estimate("per_ctas", per, float("nan"), True, told)
-    for field in (*ContentionSpec.__struct_fields__, TRAFFIC):
+    for field in (*(name for name in ContentionSpec.__struct_fields__ if name != BY_TRAFFIC), TRAFFIC):
         value = getattr(base.contention, field, traffic)
         estimates.setdefault(field, Estimate(field, value, float("nan"), False, "no such pair was measured"))
-    return PairFit(_with(base, {name: e.value for name, e in estimates.items()}), estimates)
+    return PairFit(_with(base, {name: e.value for name, e in estimates.items()}), estimates, choices)
 
 
 def _parameters(rows: Sequence[Measurement], base: NodeSpec) -> tuple[Parameter, ...]:
@@ -103,6 +114,21 @@ def _parameters(rows: Sequence[Measurement], base: NodeSpec) -> tuple[Parameter,
     return (*slow, Parameter(TRAFFIC, traffic, 0.1, 20.0, traffic))
 
 
+def _tells_traffic(rows: Sequence[Measurement]) -> bool:
+    """Whether light kernels of one kind were measured small and large, beside messages of several sizes."""
+    for kind in BY_KIND:
+        some = [row for row in rows if row.at["kind"] == kind != "gemm"]
+        moved = [float(row.at["bytes_moved"]) for row in some]
+        if len({int(row.at["bytes"]) for row in some}) > 1 and max(moved) > SMALL_TO_LARGE * min(moved):
+            return True
+    return False
+
+
+def _by_traffic(base: NodeSpec) -> NodeSpec:
+    """Slowdowns of compute that go with the traffic of the collective."""
+    return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, by_traffic=True))
+
+
 def _in_proportion(base: NodeSpec) -> NodeSpec:
     """Slowdowns of compute in proportion to CTAs."""
     per = base.contention.per_ctas or PER_CTAS
@@ -114,7 +140,6 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     how they get on with each other: whether both fit on the SMs decides whether a GEMM needs a wave more. The second is
     asked only where GEMM shapes have tables, whose times do not hang on it."""
     known = {ctas_of(row) for row in rows} - {0}
-    base = _with_cta_bytes(base, rows)
     some = [row for row in rows if not ctas_of(row)]
     op, ranks = str(some[0].at["op"]), int(some[0].at["num_ranks"])
     tables = {t.ctas for t in base.link.tables if (t.op, t.ranks) == (op, ranks)}
@@ -129,17 +154,6 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
         node = _default_of(node, usual, ctas, ranks)
         found.append((_cost(rows, node), (ctas != usual) + (wave != device.gemm_wave_ctas), len(found), node))
     return min(found, key=lambda each: each[:3])[3]
-
-
-def _with_cta_bytes(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
-    """How many CTAs small messages have; asked only where it is known how GEMMs were launched, without which nobody
-    knows what SMs they leave."""
-    if not any(table.ctas for table in base.gemms):
-        return base
-    choices = dict.fromkeys((base.link.cta_bytes, *CTA_BYTES))  # of equal ones the base's
-    links = [msgspec.structs.replace(base.link, cta_bytes=each) for each in choices]
-    nodes = [msgspec.structs.replace(base, link=link) for link in links]
-    return min(nodes, key=lambda node: _cost(rows, node))
 
 
 def _cost(rows: Sequence[Measurement], node: NodeSpec) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from calibration.collectives import AS_FAST, DEFAULT_CTAS
 from calibration.solve import Estimate
 from sim.spec import NodeSpec, Table
 from traces.measurement import SEQUENCE
@@ -28,6 +27,9 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
         sources[f"device.{field}"] = _device_source(fit, base, told, field)
     for section in ("host", "contention"):
         for field in getattr(base, section).__struct_fields__:
+            if choice := fit.choices.get(field):
+                sources[f"{section}.{field}"] = f"{told}, {choice}"
+                continue
             estimate = fit.estimates[section].get(field)
             kind = "pair: comm" if field == "comm_by_compute" else "pair: compute"
             error = "" if section == "host" else _held_out(fit, kind)
@@ -37,14 +39,8 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     sources["link.join_us"] = _source(fit.estimates["link"]["join_us"], base, "link.join_us", told, "")
     changed = fit.node.link.partitions != base.link.partitions
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
-    if fit.node.link.default_ctas != base.link.default_ctas:
-        same = [t.note for t in fit.tables if t.table.ctas == fit.node.link.default_ctas and t.note.startswith(AS_FAST)]
-        sources["link.default_ctas"] = f"{told}, {same[0] if same else DEFAULT_CTAS}"
-    else:
-        sources["link.default_ctas"] = _base(base, "link.default_ctas")
-    sources["link.cta_bytes"] = _base(base, "link.cta_bytes")
-    if fit.node.link.cta_bytes != base.link.cta_bytes:
-        sources["link.cta_bytes"] = f"{told}, the number with which pairs are explained best"
+    default = fit.choices.get("default_ctas")
+    sources["link.default_ctas"] = f"{told}, {default}" if default else _base(base, "link.default_ctas")
     if fit.node.gemms:
         num = len({(table.cols, table.inner) for table in fit.node.gemms})
         new = fit.node.gemms != base.gemms
@@ -62,7 +58,7 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
             return _kept(base, key, "" if not tiles else "the fit left them as they were")
         numbers = ", ".join(f"{name} {_number(e)}" for name, e in tiles.items())
         return f"{told}, {fit.choices['gemm_tiles']}; {numbers}{_held_out(fit, 'gemm')}"
-    if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas"):
+    if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas", "gemm_persistent"):
         choice = fit.choices.get(field, "")
         determined = choice and "no rows" not in choice
         return f"{told}, {choice}" if determined else _kept(base, key, "no rows with withheld SMs")

@@ -296,6 +296,11 @@ class Device:
         opaque = batch.vectors[self.stage].run_end[span[0]] < span[1]
         return graphs.replay(_graph_key(batch, key, span, max_ctas), key, body, collectives=opaque)
 
+    def is_captured(self, batch: Batch, key: StreamKey, span: tuple[int, int], max_ctas: int) -> bool:
+        """Whether the range is a graph by now."""
+        graphs = self.parts.graphs
+        return graphs is not None and graphs.holds(_graph_key(batch, key, span, max_ctas))
+
     def replay_collective(
         self, operation: Operation, part: Fragment | None, max_ctas: int, stream: StreamKey = COMM_KEY
     ) -> Body:

@@ -18,7 +18,7 @@ from executor.results import HostTime
 from executor.settings import RunSettings
 from executor.slots import Slot
 from policy.batch import Batch
-from policy.round import Launch, Round
+from policy.round import Launch, Mark, Round
 from policy.scheduler import Admission, Scheduler
 from traces.request import Request
 
@@ -26,6 +26,8 @@ from traces.request import Request
 ALIVE_S = 0.5
 # A sleep overshoots by about this much; the rest of the wait is polled.
 SLEEP_MARGIN_S = 100e-6
+# How often a host that must not spin looks for batches that are through.
+POLL_S = 50e-6
 
 
 @dataclass(slots=True)
@@ -223,10 +225,23 @@ class Driver:
         issued = time.perf_counter()
         for mark in round_.synchronize:
             if mark.stage == self.device.stage:
-                self.device.synchronize(mark)
+                self._await(mark)
         self.host.issue_s += issued - started
         self.host.synchronize_s += time.perf_counter() - issued
         self.progress.at_round(round_.round_id, False)
+
+    def _await(self, mark: Mark) -> None:
+        """Wait for a mark. A batch that is through before is answered then, and not when the mark is reached: in a
+        sequence of batches that would be half a batch later."""
+        device, lanes = self.device, self.device.parts.lanes
+        while any(flight.is_issued for flight in device.flights.values()):
+            ticket = device.ticket(mark)
+            if ticket is None or lanes.is_done(ticket):
+                break
+            self._complete()
+            if not lanes.spin:
+                time.sleep(POLL_S)
+        device.synchronize(mark)
 
     def _complete(self) -> None:
         """Batches that are through leave, and their requests are answered."""

@@ -32,7 +32,7 @@ from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
 from executor.survey_pairs import Pairs
 from executor.survey_points import CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
-from traces.measurement import KERNELS, LAUNCH, SEQUENCE, Conditions, Measurement, MeasurementLog
+from traces.measurement import KERNELS, SEEN, SEQUENCE, Conditions, Measurement, MeasurementLog
 
 MOST_WORDS = 300
 
@@ -187,7 +187,7 @@ class Surveyor:
         bed = self._use(points[0].model) if points[0].model else None
         if bed is not None and what != "host":
             bed.refresh()
-        if what == LAUNCH:
+        if what in SEEN:
             return self._launches(bed, points)
         if what == "two_batches":
             assert bed is not None
@@ -213,11 +213,11 @@ class Surveyor:
 
     def _launches(self, bed: Bed | None, points: list[Point]) -> list[Row | str | None]:
         from executor.survey_cuda import CudaBench
-        from executor.survey_launches import launches
+        from executor.survey_launches import channels, launches
 
-        assert bed is not None and isinstance(self.bench, CudaBench)
+        assert isinstance(self.bench, CudaBench)
         try:
-            return list(launches(bed, self.bench, points))
+            return channels(self.traffic, self.bench, points) if bed is None else launches(bed, self.bench, points)
         except Exception as error:
             return [self._guard(error)] * len(points)
 

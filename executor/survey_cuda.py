@@ -163,6 +163,26 @@ class CudaBench:
         torch.cuda.synchronize()
         return [max(0.01, elapsed_us(start, end) - self.replay_us) for start, end in pairwise(events)]
 
+    def chain_us(self, graphs: Sequence[Captured], turns: int) -> float:
+        """Microseconds a graph where the graphs take turns so often, each behind the one before, on whatever streams;
+        everything is issued before the first one starts."""
+        start, end = new_event(timing=True), new_event(timing=True)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(graphs[0].stream):
+            hold(round(turns * len(graphs) * HEAD_START_US * self.cycles_per_us))
+            start.record()
+        last = graphs[0].stream
+        for graph in [*graphs] * turns:
+            if graph.stream is not last:
+                behind = new_event()
+                behind.record(last)
+                graph.stream.wait_event(behind)
+            graph.replay()
+            last = graph.stream
+        end.record(last)
+        torch.cuda.synchronize()
+        return elapsed_us(start, end) / (turns * len(graphs))
+
     def alone_us(self, graph: Captured) -> float:
         """A whole graph with the device to itself."""
         if not graph.alone_us:

@@ -1,4 +1,5 @@
-"""What a rank's launching thread pays: calls of torch and NCCL, the executor's launches, plans, messages, waking up.
+"""What a rank's launching thread pays: calls of torch and NCCL, the executor's launches, plans, messages, waking up;
+and what the device pays for launches that wait for one another.
 
 On a CPU a launch is an entry in a thread's queue and waking up is that thread's answer; there are no graphs or events.
 """
@@ -26,6 +27,7 @@ from executor.survey_points import Point
 from executor.warm_up import Preparation, let_go, made_up_requests
 from models.kernel import Kernel, Kind
 from models.transformer import BatchShape
+from policy.batch import Batch
 from policy.profile import Contention, Profile
 from policy.round import Lane, Launch, Mark
 from policy.scheduler import POLICIES, Scheduler
@@ -34,6 +36,8 @@ from policy.scheduler import POLICIES, Scheduler
 SHAPE = BatchShape(2, 16)
 FEW, MANY = 2, 64
 SERIES, NOTES, WAKE_UPS, PASSES = 25, 60, 20, 5
+HOPS = 20
+ROOMS = ("compute", "comm")
 BUSY_CYCLES = 1_000_000
 GUESS_COMM_BYTES_PER_US = 2e5
 
@@ -60,6 +64,7 @@ class Host:
             "graph_launch": graphs, "graph_kernel": graphs, "synchronize": partial(self._wake_up, spin=False),
             "synchronize_spinning": partial(self._wake_up, spin=True), "broadcast": self._broadcast,
             "plan": self._plan, "issue": issued, "issue_collective": issued, "issue_graph": issued,
+            "issue_kernel": issued, "event_gap": self._event_gap,
         }  # fmt: skip
 
     # -- calls of torch ---------------------------------------------------------------------------------------------
@@ -106,6 +111,22 @@ class Host:
         each = [max(1e-3, (b - a) / (MANY - FEW)) for a, b in zip(few, many, strict=True)]
         fixed = median(each) * FEW
         return {"graph_kernel": each, "graph_launch": [max(1e-3, us - fixed) for us in few]}
+
+    def _event_gap(self) -> dict[str, list[float]]:
+        """Of the device: how much later a graph starts that waits for one on another stream than behind it on its own.
+        The host is far ahead in both cases."""
+        bench = self.bench
+        assert isinstance(bench, CudaBench)
+        small = torch.zeros(16, device=bench.lanes.device)
+
+        def call() -> None:
+            small.add_(1.0)
+
+        streams = bench.compute_stream(0), bench.comm_stream()
+        graphs = [bench.captured(stream, [call], FEW, room) for stream, room in zip(streams, ROOMS, strict=True)]
+        apart = [bench.chain_us(graphs, HOPS) for _ in range(SERIES)]
+        in_series = median(bench.chain_us(graphs[:1] * 2, HOPS) for _ in range(SERIES))
+        return {"event_gap": [max(1e-3, us - in_series) for us in apart]}
 
     def _wake_up(self, *, spin: bool) -> dict[str, list[float]]:
         """How long after the end of some work the host goes on."""
@@ -162,19 +183,39 @@ class Host:
                     times = self._issue(captured=captured)
                     for name, us in times if number else ():
                         found[name].append(us)
+            found["issue_kernel"] = self._issue_kernel(found["issue_graph"])
         finally:
             lanes.timing = False
             device.forget()
         return {name: times for name, times in found.items() if times}
 
-    def _issue(self, *, captured: bool) -> list[tuple[str, float]]:
-        """One batch, kernel by kernel, or run by run where the runs of compute kernels are graphs."""
+    def _issue_kernel(self, runs: list[float]) -> list[float]:
+        """What a kernel adds to a graph's launch: of a whole forward pass, collectives and all, beside a run's."""
+        if not (runs and isinstance(self.bench, CudaBench)):
+            return []
+        device, vectors = self.bed.device, self.bed.vectors
+        vector, times = vectors(SHAPE)[0], list[float]()
+        for number in range(1 + PASSES):
+            batch = self._entered()
+            us = timed_us(partial(device.issue, Launch(batch.batch_id, 0, len(vector), Lane.COMPUTE, captured=True), 0))
+            if number:
+                times.append(max(1e-3, (us - median(runs)) / len(vector)))
+            let_go(device)
+        return times
+
+    def _entered(self) -> Batch:
+        """A batch in flight on an idle device."""
         device, options = self.bed.device, replace(self.bed.run.options, batch_size=SHAPE.num_sequences)
         scheduler = Scheduler("tensor", options, UNASKED, self.bed.vectors)
         batch = scheduler.enter((made_up_requests(SHAPE),), 0.0)[0]
         device.enter(batch, 0.0, Preparation(device, batch))
-        vector, first, times = batch.vectors[0], 0, list[tuple[str, float]]()
         device.parts.lanes.drain()
+        return batch
+
+    def _issue(self, *, captured: bool) -> list[tuple[str, float]]:
+        """One batch, kernel by kernel, or run by run where the runs of compute kernels are graphs."""
+        device, batch = self.bed.device, self._entered()
+        vector, first, times = batch.vectors[0], 0, list[tuple[str, float]]()
         while first < len(vector):
             comm = vector.kernels[first].is_communication
             last = vector.run_end[first] if captured else first + 1

@@ -1,5 +1,5 @@
-"""How many CTAs a GEMM is launched with, and how many of them an SM holds: as the profiler sees them, in one go after
-everything has been timed, for a profiler slows what it looks at.
+"""How many CTAs a GEMM or a collective is launched with, and how many of a GEMM's an SM holds: as the profiler sees it,
+in one go after everything has been timed, for a profiler slows what it looks at.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 
 from executor.cuda import hold
 from executor.survey_bed import Bed
-from executor.survey_bench import Row, sample_of
+from executor.survey_bench import Body, Row, sample_of
 from executor.survey_cuda import CudaBench
 from executor.survey_points import Point
+from executor.survey_traffic import Traffic
 
 # Between two calls comes a kernel of this name, which does nothing.
 MARKER, MARKER_CYCLES = "spin_kernel", 100
@@ -51,30 +52,25 @@ class Launched:
     us: float
 
 
-def launches(bed: Bed, bench: CudaBench, points: Sequence[Point]) -> list[Row | str]:
+Call = tuple[torch.cuda.Stream, Body | None]
+
+
+def launches(bed: Bed, bench: CudaBench, points: Sequence[Point]) -> list[Row | str | None]:
     """A row for every GEMM: its CTAs, and those that an SM holds at a time; of a call of several kernels, those of the
     one that takes longest."""
     if (sm := SMS.get(capability := torch.cuda.get_device_capability())) is None:
         return [f"how many CTAs an SM of compute capability {capability} holds is not known here"] * len(points)
-    calls = [(bench.compute_stream(int(p.at["withheld_sms"])), bed.calls("gemm", p.at)[0][0]) for p in points]
-    for stream, call in calls:  # what is made at a first use is made before
-        with torch.cuda.stream(stream):
-            call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for stream, call in calls:
-            with torch.cuda.stream(stream):
-                hold(MARKER_CYCLES)
-                call()
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_bytes())
-    groups = kernels_of(trace, sm)
-    if len(groups) != len(points):
-        return [f"the profiler saw {len(groups)} of {len(points)} calls"] * len(points)
-    return [_row(max(group, key=lambda k: k.us)) if group else "the profiler saw no kernel" for group in groups]
+    calls: list[Call] = []
+    for point in points:
+        calls.append((bench.compute_stream(int(point.at["withheld_sms"])), bed.calls("gemm", point.at)[0][0]))
+    return [_row(each) if isinstance(each, Launched) else each for each in _seen(calls, sm)]
+
+
+def channels(traffic: Traffic, bench: CudaBench, points: Sequence[Point]) -> list[Row | str | None]:
+    """A row for every collective: its CTAs on this rank. Every rank must call it."""
+    stream = bench.comm_stream()
+    found = _seen([(stream, traffic.call(point)) for point in points], None)
+    return [Row({"ctas": sample_of([each.ctas])}) if isinstance(each, Launched) else each for each in found]
 
 
 def _row(kernel: Launched) -> Row:
@@ -82,8 +78,35 @@ def _row(kernel: Launched) -> Row:
     return Row(found, {"kernel": kernel.name})
 
 
-def kernels_of(trace: dict[str, Any], sm: Sm) -> list[list[Launched]]:
-    """The kernels behind each marker of a trace, in order of time."""
+def _seen(calls: Sequence[Call], sm: Sm | None) -> list[Launched | str | None]:
+    """The kernel of each call, or why it is not known; nothing where this rank has no part in it."""
+    for stream, call in calls:  # what is made at a first use is made before
+        with torch.cuda.stream(stream):
+            if call is not None:
+                call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for stream, call in calls:
+            with torch.cuda.stream(stream):
+                hold(MARKER_CYCLES)
+                if call is not None:
+                    call()
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_bytes())
+    groups = kernels_of(trace, sm)
+    if len(groups) != len(calls):
+        return [f"the profiler saw {len(groups)} of {len(calls)} calls"] * len(calls)
+    return [
+        None if call is None else max(group, key=lambda k: k.us) if group else "the profiler saw no kernel"
+        for (_, call), group in zip(calls, groups, strict=True)
+    ]
+
+
+def kernels_of(trace: dict[str, Any], sm: Sm | None) -> list[list[Launched]]:
+    """The kernels behind each marker of a trace, in order of time; without an SM none is asked what it holds."""
     events = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
     groups: list[list[Launched]] = []
     for event in sorted(events, key=lambda e: e["ts"]):
@@ -92,7 +115,8 @@ def kernels_of(trace: dict[str, Any], sm: Sm) -> list[list[Launched]]:
         elif groups:
             about = event["args"]
             x, y, z = about["grid"]
-            groups[-1].append(Launched(event["name"], x * y * z, _per_sm(about, sm), event["dur"]))
+            per_sm = _per_sm(about, sm) if sm is not None else 1
+            groups[-1].append(Launched(event["name"], x * y * z, per_sm, event["dur"]))
     return groups
 
 

@@ -3,7 +3,7 @@
 First the coarse grid: every kind of every model gets a share of the time that is left, so that a short budget covers
 all of them, thinly; what a share was too short for comes later. Then round after round, models with the most doubt
 first: what is left of the coarse grid, and after it the points of `executor.survey_refine`, a slice of time per kind.
-Last, on GPUs, how the GEMMs are launched that were measured: that takes seconds, whatever the budget.
+Last, on GPUs, how the GEMMs and collectives are launched that were measured: that takes seconds, whatever the budget.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from executor.survey_points import (
 )
 from executor.survey_refine import candidates
 from models.kernel import Kind
-from traces.measurement import LAUNCH, Measurement, point_key
+from traces.measurement import CHANNELS, LAUNCH, Measurement, point_key
 
 # Shares of the budget that the kinds get of the coarse grid, per model where they need one.
 SHARES = {"collective": 8.0, "host": 2.0, "gemm": 5.0, "attention": 1.0, "elementwise": 1.5, "sequence": 1.0,
@@ -133,12 +133,16 @@ class Lead:
             yield from self._until(until_s, task.points)
 
     def _launches(self) -> Iterator[list[Point]]:
-        """The GEMMs that were measured, now or by an earlier survey, by model, as points of their own."""
+        """The GEMMs that were measured, now or by an earlier survey, by model, and the collectives, as points of their
+        own."""
         measured = [row for row in self.rows.values() if row.what == "gemm"]
         for model, shapes in self.models.items():
             points = [Point(LAUNCH, row.at, model) for row in measured if _is_of(shapes, row)]
             if lot := [point for point in points if self._is_open(point)]:
                 yield lot
+        points = [Point(CHANNELS, row.at) for row in self.rows.values() if row.what == "collective"]
+        if lot := [point for point in points if self._is_open(point)]:
+            yield lot
 
     def _until(self, until_s: float, points: Iterable[Point]) -> Iterator[list[Point]]:
         """Lots of what is still to do, as long as there is time; one in any case while the budget lasts."""

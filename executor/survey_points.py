@@ -24,7 +24,8 @@ SEQUENCE = 64
 SERIAL, POLICY, PLAIN = "serial", "policy", "no decomposition"
 COMPUTE_ALONE, COMM_ALONE = "compute alone", "comm alone"
 HOST_NAMES = ("launch", "collective_launch", "event", "graph_launch", "graph_kernel", "synchronize",
-              "synchronize_spinning", "broadcast", "plan", "issue", "issue_collective", "issue_graph")  # fmt: skip
+              "synchronize_spinning", "broadcast", "plan", "issue", "issue_collective", "issue_graph",
+              "issue_kernel", "event_gap")  # fmt: skip
 KIB, MIB = 2**10, 2**20
 
 
@@ -238,9 +239,11 @@ def pair_points(shapes: Shapes, grid: Grid) -> list[Point]:
     computes: list[tuple[str, Coordinates]] = []
     for rows, name in product(grid.pair_rows, ("fc1", "out_proj")):
         computes.append(("gemm", shapes.gemm(name, rows, 0)))
-    most = max(grid.pair_rows)
-    computes.append(("elementwise", shapes.elementwise("ffn_norm", most, 0)))
-    computes.append(("attention", shapes.attention(most // SEQUENCE, SEQUENCE, 0)))
+    # Small ones wait for memory most of the time, large ones stream: a collective does not slow both alike.
+    for rows in sorted(grid.pair_rows, reverse=True):
+        length = SEQUENCE if rows > SEQUENCE else SHORT
+        computes.append(("elementwise", shapes.elementwise("ffn_norm", rows, 0)))
+        computes.append(("attention", shapes.attention(rows // length, length, 0)))
     half = max(1, len(grid.pairs) // 2)
     return unique(
         Point("pair", pair_at(what, at, size, shapes.layout.tp, variant), shapes.config.model_id)

@@ -28,6 +28,10 @@ FOLLOWING = frozenset({"bytes_moved", "num_ctas", "flops"})
 UNKNOWN = 0.1
 # Uncertainty below this is not worth a point; the fit itself is not as good.
 ENOUGH = 0.005
+# Neighbours nearer than this factor are near enough.
+NARROW = 1.1
+# How often a collective goes on beside computation that leaves no SM is chance; no curve is drawn through that.
+KEPT_OUT = 4.0
 FEW_ROWS, ROWS_STEP, SMALL_STEP, BYTES_STEP = 64, 16, 4, 4096
 ShapesOf = Callable[[str], Shapes | None]
 
@@ -105,14 +109,16 @@ def _bend(sizes: tuple[int, int, int], curve: Curve) -> float:
     low, middle, high = sizes
     share = log(middle / low) / log(high / low)
     off = []
-    for name in _names(curve[middle]):
+    for name in set.intersection(*(set(_names(curve[size])) for size in sizes)):
         a, b, c = (log(curve[size].values[name]) for size in sizes)
         off.append(abs(b - a * (1.0 - share) - c * share))
     return max(off, default=0.0)
 
 
 def _names(row: Measurement) -> list[str]:
-    return ["compute_slowdown", "comm_slowdown"] if row.what == "pair" else ["us"]
+    if row.what != "pair":
+        return ["us"]
+    return ["compute_slowdown", "comm_slowdown"] if row.values["comm_slowdown"] < KEPT_OUT else ["compute_slowdown"]
 
 
 def midpoint(axis: str, low: int, high: int, template: Point) -> int | None:
@@ -125,7 +131,7 @@ def midpoint(axis: str, low: int, high: int, template: Point) -> int | None:
         elif template.what == "two_batches":
             step = SEQUENCE if high > SEQUENCE else ROWS_STEP
     middle = round(sqrt(low * high) / step) * step
-    return middle if low < middle < high else None
+    return middle if low < middle < high and high > NARROW * low else None
 
 
 def moved(point: Point, shapes: Shapes | None, axis: str, value: int) -> Point:

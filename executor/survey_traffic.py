@@ -49,12 +49,16 @@ class Traffic:
 
     def measure(self, bench: Bench, point: Point) -> Row | None:
         """A collective alone; nothing on ranks that have no part in it."""
-        op, size, ranks = str(point.at["op"]), int(point.at["bytes"]), int(point.at["num_ranks"])
-        call = self.transfer(size) if op == "send" else self.collective(Kind(op), size, ranks, int(point.at["ctas"]))
+        call, size = self.call(point), int(point.at["bytes"])
         if call is None:
             return None
         count = SMALL_CALLS if size <= SMALL_BYTES else MEDIUM_CALLS if size <= MEDIUM_BYTES else LARGE_CALLS
         return Row({"us": bench.comm(call, count)})
+
+    def call(self, point: Point) -> Body | None:
+        """What a point stands for, once; nothing on ranks that have no part in it."""
+        op, size, ranks = str(point.at["op"]), int(point.at["bytes"]), int(point.at["num_ranks"])
+        return self.transfer(size) if op == "send" else self.collective(Kind(op), size, ranks, int(point.at["ctas"]))
 
     def collective(self, kind: Kind, size: int, ranks: int, ctas: int) -> Body | None:
         """A collective of `size` bytes among the first ranks; of an all-gather that is the result."""

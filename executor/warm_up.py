@@ -98,7 +98,8 @@ def _capture(
     # What a larger batch left in the slot would be out of range.
     _at_once(device, StreamKey(Lane.COMPUTE), partial(Preparation(device, batch), device.parts.slots[number]))
     for key, span in chain.from_iterable(ranges_ahead(batch.vectors[device.stage], withheld)[:num_levels]):
-        _at_once(device, key, device.replay(batch, key, span, 0))
+        if not device.is_captured(batch, key, span, 0):  # by an earlier run
+            _at_once(device, key, device.replay(batch, key, span, 0))
     for operation in islice(_all_reduces(device.bound(number, shape)), 1):  # all layers sum the same buffer
         for count in ctas:
             _at_once(device, COMM_KEY, device.replay_collective(operation, None, count))

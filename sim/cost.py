@@ -247,15 +247,17 @@ class Costs:
 
     def _launched(self, shape: Shape, table: GemmTable, rows: int, slots: int) -> Shape:
         """In the CTAs that the library launched. Where those are one for every SM, they are not one a tile but take
-        tile after tile: those that find no SM are not missed."""
-        if not (ctas := table.ctas_at(rows)):
+        tile after tile, on as many SMs as there are."""
+        ctas, sms = table.ctas_at(rows), self.device.num_sms
+        if not ctas:
             return shape
-        return shape.launched_as(min(ctas, slots) if ctas == self.device.num_sms else ctas, slots)
+        if not ctas % sms:
+            ctas = slots * (-(-ctas // slots) if ctas > sms else 1)
+        return shape.launched_as(ctas, slots)
 
     def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
         """SMs that a collective occupies."""
-        ctas, each = self.table(kernel, max_ctas, path).ctas, self.node.link.cta_bytes
-        return min(ctas, max(1, -(-kernel.message_bytes // each))) if each else ctas
+        return self.table(kernel, max_ctas, path).ctas_at(kernel.message_bytes)
 
     def table(self, kernel: Kernel, max_ctas: int, path: str) -> Table:
         """The table of an operation: the one with the most CTAs allowed (the usual one, if the node says

@@ -7,10 +7,10 @@ from typing import Any
 # Numbers that came later: where they stand at their default, a node is the node that it was before they came.
 LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
          "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
-         "memory_gb", "partition_step", "gemm_wave_ctas", "piece_us",
+         "memory_gb", "partition_step", "gemm_wave_ctas", "gemm_persistent", "piece_us",
          "switch_us")  # fmt: skip
-LATER_OF_LINK = ("default_ctas", "join_us", "cta_bytes")
-LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas")
+LATER_OF_LINK = ("default_ctas", "join_us")
+LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas", "by_traffic")
 ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
 
 
@@ -23,6 +23,9 @@ def without_later(contents: dict[str, Any]) -> list[str]:
     for table in contents.get("gemms", ()):
         if not table["ctas"]:
             del table["ctas"]
+    for table in contents["link"]["tables"]:
+        if not table["launched"]:
+            del table["launched"]
     for operation in contents["device"]["operations"]:
         if not operation["variant"]:
             del operation["variant"]

@@ -70,6 +70,7 @@ class Sms:
         self.busy = BusyTime()
         self.free = self.spec.num_sms
         self.settling = False
+        self._persistent = costs.device.gemm_persistent
         self._generation = 0
         self._counted_us = 0.0
         self._computing = self._communicating = 0
@@ -77,6 +78,7 @@ class Sms:
         contention = costs.node.contention
         self._beside_comm, self._comm_beside = slowed_compute(contention), slowed_comm(contention)
         self._stream_beside, self._per_ctas = contention.comm_stream_by_compute, contention.per_ctas
+        self._by_traffic = contention.by_traffic
 
     @property
     def only_waiting_transfers(self) -> bool:
@@ -136,11 +138,22 @@ class Sms:
         for running in list(self.running):
             for cohort in [c for c in running.cohorts if c.end_us <= now]:
                 running.cohorts.remove(cohort)
-                running.held -= cohort.ctas
-                self.free += cohort.ctas
+                left = cohort.ctas - self._take_again(running, cohort, now)
+                running.held -= left
+                self.free += left
             if running.transfer is None and running.start_us >= 0.0 and not running.cohorts and not running.ctas_left:
                 self.owner.finish(running)
         self.unsettle()
+
+    def _take_again(self, running: Running, cohort: Cohort, now: float) -> int:
+        """On how many of its SMs a cohort that has ended is followed by the next tiles of the same CTAs."""
+        if not self._persistent or running.kernel.kind is not Kind.GEMM:
+            return 0
+        again = min(cohort.ctas, running.ctas_left)
+        if again:
+            running.ctas_left -= again
+            running.cohorts.append(Cohort(again, 1.0, 0.0, now))
+        return again
 
     def _break_up(self, waiting: list[Running], now: float) -> None:
         """A cohort that was to go through many waves keeps only the present one when others wait or SMs lie free."""
@@ -204,7 +217,7 @@ class Sms:
             if not shape.is_plain and fair == float("inf"):
                 # There is enough for all on average; in those phases in which this one streams, it gets what is left.
                 bandwidth = self._bandwidth - sum(wants) + self._wanted(shape, cohort.ctas)
-            pace = shape.pace_us(cohort.ctas, bandwidth) * slow
+            pace = self._pace_us(running.kernel.kind, shape, cohort.ctas, bandwidth, slow)
             if pace != cohort.pace_us:
                 left = cohort.waves_left
                 if cohort.pace_us:
@@ -217,6 +230,13 @@ class Sms:
                 pace = self._comm_pace(running.transfer, cohorts, pace)
             running.transfer.set_pace(self.owner, pace)
 
+    def _pace_us(self, kind: Kind, shape: Shape, ctas: int, bandwidth: float, slow: float) -> float:
+        """A wave of so many CTAs, slowed as a whole or in what it spends on starting."""
+        pace = shape.pace_us(ctas, bandwidth)
+        if not self._by_traffic or kind is Kind.GEMM:
+            return pace * slow
+        return pace + shape.lead_us * (slow - 1.0)
+
     def _comm_pace(self, transfer: Transfer, cohorts: list[tuple[Running, Cohort]], pace: float) -> float:
         """How much slower than alone a collective moves beside compute, `pace` of which memory's share explains."""
         slow = max(self._comm_beside[running.kernel.kind] for running, _ in cohorts)
@@ -228,10 +248,13 @@ class Sms:
         """What collectives under way cost a kernel beyond SMs and memory."""
         if not moving:
             return 1.0
-        slow = self._beside_comm[kind]
+        slow, transfers = self._beside_comm[kind], [r.transfer for r in moving if r.transfer is not None]
+        if self._by_traffic:
+            per = self._per_ctas or max(t.ctas for t in transfers)
+            return 1.0 + (slow - 1.0) * sum(t.ctas * t.stream_share**2 for t in transfers) / per
         if not self._per_ctas:
             return slow
-        return 1.0 + (slow - 1.0) * sum(r.transfer.ctas for r in moving if r.transfer is not None) / self._per_ctas
+        return 1.0 + (slow - 1.0) * sum(t.ctas for t in transfers) / self._per_ctas
 
     def _wanted(self, shape: Shape, ctas: int) -> float:
         """Bytes per microsecond that so many CTAs draw when nothing holds them up."""

@@ -61,7 +61,8 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     until a GEMM's loads flow. `memory_gb`: what its data sheet says it holds; 0: not known. No time depends on it.
 
     What fits may add; without it the model is the plainer one. `gemm_balance`: how evenly the GEMM library fills the
-    waves, 0 (whole tiles) to 1; `gemm_wave_ctas`: how many CTAs it fills them with, 0 for one on every SM.
+    waves, 0 (whole tiles) to 1; `gemm_wave_ctas`: how many CTAs it fills them with, 0 for one on every SM;
+    `gemm_persistent`: a GEMM's CTAs take tile after tile, so that its SMs are nobody else's until it has no tile left.
     `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
     `sim.cost.Shape.pace_us`; 0 is perfectly. `split_us`: what cutting the inner dimension adds. `gemm_sees_partition`:
     whether the library chooses tiles for the SMs that a partition leaves it. `partition_step`: compute that is
@@ -86,6 +87,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ramp_us: NonNegative = 0.0
     gemm_balance: Annotated[float, Meta(ge=0, le=1)] = 0.0
     gemm_wave_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
+    gemm_persistent: bool = False
     gemm_overlap_order: Order = 0.0
     split_us: NonNegative = 0.0
     gemm_sees_partition: bool = False
@@ -137,7 +139,9 @@ class HostSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Time of one operation over its size: `op` among `ranks` with `ctas` CTAs. `path`: which links it crosses."""
+    """Time of one operation over its size: `op` among `ranks` with `ctas` CTAs. `path`: which links it crosses.
+    `launched`: with how many CTAs messages of these sizes are launched, for small ones have fewer; none where that was
+    not seen: always with `ctas`."""
 
     op: str
     ranks: Count
@@ -145,6 +149,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     path: str = ""
     bytes: tuple[Size, ...]
     us: tuple[Positive, ...]
+    launched: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.bytes) != len(self.us) or len(self.bytes) < 2:
@@ -152,6 +157,14 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError(f"table {self.op}: {sizes} sizes and {times} times; need as many, 2 or more")
         if any(a >= b for a, b in zip(self.bytes, self.bytes[1:], strict=False)):
             raise ValueError(f"table {self.op}: sizes must increase")
+        if self.launched and len(self.launched) != len(self.bytes):
+            sizes, counts = len(self.bytes), len(self.launched)
+            raise ValueError(f"table {self.op}: {sizes} sizes and {counts} numbers of launched CTAs; need as many")
+
+    def ctas_at(self, size: int) -> int:
+        """CTAs of a message: those of the next larger size that was seen, or of the largest."""
+        place = min(bisect_left(self.bytes, size), len(self.bytes) - 1)
+        return self.launched[place] if self.launched else self.ctas
 
     def stream_us(self, size: int) -> float:
         """What a message takes at the best rate of the table, without latency."""
@@ -177,7 +190,8 @@ def _between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
 class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the GEMM library took for one shape (cols x inner) over its rows, alone on the SMs that are not withheld.
     `is_piece`: as a piece of a wider result. `ctas`: with how many CTAs it was launched, in units of what an SM holds
-    at a time; none where that was not seen. Half precision."""
+    at a time; where those are one for every SM and take tile after tile, so many times as they do; none where that was
+    not seen. Half precision."""
 
     cols: Count
     inner: Count
@@ -212,8 +226,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
     of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
     the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
-    takes behind computation than behind another collective, for which all ranks were there. `cta_bytes`: a collective
-    has no more CTAs than one for so many bytes of its message; 0: always those of its table.
+    takes behind computation than behind another collective, for which all ranks were there.
     """
 
     kind: str
@@ -224,7 +237,6 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
     default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
     join_us: NonNegative = 0.0
-    cta_bytes: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]
@@ -241,7 +253,9 @@ class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     `comm_by_compute` says (0). `comm_stream_by_compute`: the same for that share of a collective which its bytes take
     at the table's best rate, where the links themselves are the limit; the others are then for what remains, the
     latency of its steps; 0: all alike. `per_ctas`: `*_by_comm` are those of a collective of so many CTAs, and in
-    proportion with others; 0: the same with all.
+    proportion with others; 0: the same with all. `by_traffic`: they are those of a collective that streams all the
+    time, and others slow less, as the square of that share; and of attention and elementwise kernels it is what they
+    spend on starting that is slowed, for what they stream shares the memory as it is.
     """
 
     gemm_by_comm: Slowdown
@@ -252,6 +266,7 @@ class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     comm_by_elementwise: NonNegative = 0.0
     comm_stream_by_compute: NonNegative = 0.0
     per_ctas: NonNegative = 0.0
+    by_traffic: bool = False
 
 
 class FitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -21,8 +21,10 @@ from traces.files import write_whole
 CONDITIONS, ROWS, MANIFEST = "conditions.json", "measurements.jsonl", "manifest.json"
 Coordinates = dict[str, int | float | str]
 
-# Rows of single compute kernels, of all of a forward pass's in a row, and of how a GEMM is launched.
-KERNELS, SEQUENCE, LAUNCH = ("gemm", "attention", "elementwise"), "sequence", "launch"
+# Rows of single compute kernels, of all of a forward pass's in a row, and of how GEMMs and collectives are launched,
+# which a profiler saw.
+KERNELS, SEQUENCE, LAUNCH, CHANNELS = ("gemm", "attention", "elementwise"), "sequence", "launch", "channels"
+SEEN = (LAUNCH, CHANNELS)
 # Kinds of rows and the coordinates that each needs; it may have more.
 NEEDED: dict[str, tuple[str, ...]] = {
     "gemm": ("name", "rows", "cols", "inner"),
@@ -34,9 +36,10 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "two_batches": ("model", "num_layers", "rows", "length", "schedule"),
     "host": ("name",),
     LAUNCH: ("name", "rows", "cols", "inner"),
+    CHANNELS: ("op", "bytes", "num_ranks", "ctas"),
 }
 # Values that a row needs, if not `us`; a pair may know one side alone.
-NEEDED_VALUES: dict[str, tuple[str, ...]] = {"pair": (), LAUNCH: ("ctas", "ctas_per_sm")}
+NEEDED_VALUES: dict[str, tuple[str, ...]] = {"pair": (), LAUNCH: ("ctas", "ctas_per_sm"), CHANNELS: ("ctas",)}
 # What may stand beside the coordinates and is none: the plan of two batches in words, what a kernel is called.
 DESCRIBING = frozenset({"plan", "kernel"})
 

@@ -105,14 +105,15 @@ def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:
     measured together: nothing is known of more."""
     import msgspec
 
-    device, link, gpus = base.device, base.link, base.num_gpus
+    device, link, gpus, description = base.device, base.link, base.num_gpus, base.description
     if conditions.num_sms > 0 and conditions.num_sms != device.num_sms:
         device = msgspec.structs.replace(device, num_sms=conditions.num_sms)
     if 1 < conditions.num_gpus < gpus and "imported" not in conditions.environment:
         gpus = conditions.num_gpus
         tables = tuple(table for table in link.tables if table.ranks <= gpus)
         link = msgspec.structs.replace(link, tables=tables, pairs=tuple(p for p in link.pairs if max(p) < gpus))
-    return msgspec.structs.replace(base, device=device, link=link, num_gpus=gpus)
+        description = description.replace(f"{base.num_gpus} x ", f"{gpus} x ")
+    return msgspec.structs.replace(base, device=device, link=link, num_gpus=gpus, description=description)
 
 
 def _difference(one: Conditions, two: Conditions) -> str:

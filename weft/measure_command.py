@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traces.measurement import LAUNCH, NEEDED
+from traces.measurement import NEEDED, SEEN
 from weft.flags import path_of
 from weft.outputs import version_of_weft
 
@@ -27,7 +27,7 @@ DEFAULT_MODELS = {"nccl": "opt-30b,glm-130b,llama-3-70b,opt-66b", "gloo": "tiny-
 DEFAULT_LAYERS = {"nccl": 6, "gloo": 2}
 DEFAULT_BUDGET_S, DEFAULT_TIMEOUT_S = 600.0, 60.0
 STAGING = "NCCL_P2P_DISABLE"
-KINDS = tuple(kind for kind in NEEDED if kind != LAUNCH)
+KINDS = tuple(kind for kind in NEEDED if kind not in SEEN)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -208,10 +208,10 @@ def report(folder: Path) -> list[str]:
     counts = Counter(row.what for row in rows)
     for what in NEEDED:
         skipped = manifest["skipped"].get(what)
-        if what == LAUNCH and not (counts[what] or skipped):
+        if what in SEEN and not (counts[what] or skipped):
             continue
         text = f"  {what:<12}{counts[what]:>6} rows"
-        if counts[what] and what != LAUNCH:
+        if counts[what] and what not in SEEN:
             text += f", median spread {100.0 * _spread([row for row in rows if row.what == what]):.1f} %"
         if skipped:
             text += f"; {skipped['points'] or 'all'} skipped: {skipped['why']}"

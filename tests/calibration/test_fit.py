@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date
+from itertools import product
 from math import isfinite
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pytest
 
 from calibration.collectives import fit_tables
 from calibration.fit import About, Fit, fit_node
-from calibration.gemm_tables import gemm_tables
 from calibration.holdout import is_held_out
 from calibration.kernels import kernel_of, with_cuts
 from calibration.node_file import beliefs, measured_models, node_text, write_node
+from calibration.pairs import fit_pairs
 from calibration.report import data_of, lines_of
 from models.config import MODELS
 from models.kernel import Kind, collective, gemm
@@ -146,25 +147,82 @@ def test_contention_is_recovered() -> None:
         assert error < 0.05
 
 
-def test_launched_ctas_are_taken_over_and_those_of_small_messages_found() -> None:
-    plain, each = truth(), 64 * 2**10
-    gemms = Surveyor(plain).gemms((64, 256), cuts=(1,))
+@pytest.mark.parametrize("by_traffic", [True, False])
+def test_slowdowns_that_go_with_traffic_are_told_from_those_that_do_not(by_traffic: bool) -> None:
+    """Light kernels that wait and that stream, beside messages that mostly wait and that mostly stream."""
+    true = truth()
+    slow = msgspec.structs.replace(
+        true.contention, elementwise_by_comm=2.2, attention_by_comm=2.5, by_traffic=by_traffic
+    )
+    true = msgspec.structs.replace(true, contention=slow)
+    surveyor, rows = Surveyor(true), list[Measurement]()
+    for model, count in product(MODEL_IDS[:1], (64, 2048)):
+        layer = layer_kernels(MODELS[model], BatchShape(count // 64, 64), 4)
+        for kernel in (k for k in layer if k.name in ("ffn_norm", "attention")):
+            variants = [(size, 0, 8) for size in (2**15, 2**19, 2**23)]
+            rows += [surveyor.pair(MODELS[model].num_heads // 4, kernel, count, each) for each in variants]
+    found = fit_pairs(rows, msgspec.structs.replace(true, contention=load_node(BASE).contention))
+    assert found.node.contention.by_traffic is by_traffic
+    assert "robust cost" in found.choices["by_traffic"]
+    # The truth's are beside 16 CTAs, and all pairs are beside 8.
+    beside_8 = 1.0 + (slow.elementwise_by_comm - 1.0) * 8 / 16
+    assert found.node.contention.elementwise_by_comm == pytest.approx(beside_8, rel=0.1)
+    few = fit_pairs([row for row in rows if row.at["rows"] == 64], true)
+    assert "by_traffic" not in few.choices  # small ones alone do not tell
+
+
+def test_launched_ctas_are_taken_over_of_gemms_and_of_collectives() -> None:
+    true = truth()
+    surveyor = Surveyor(true)
+    gemms = surveyor.gemms((2048,), cuts=(1,))[:3]  # too few for a fit of anything else
     launches = [Measurement("launch", row.at, {"ctas": 248.0, "ctas_per_sm": 2.0}, {}, 1) for row in gemms]
-    true = msgspec.structs.replace(
-        plain, gemms=gemm_tables(gemms, launches, plain), link=msgspec.structs.replace(plain.link, cta_bytes=each)
-    )  # fmt: skip
-    surveyor, pairs = Surveyor(true), list[Measurement]()
-    for model in ("opt-30b", "llama-3-70b"):
-        for name, rows in (("fc1", 256), ("out_proj", 64)):
-            kernel = next(k for k in layer_kernels(MODELS[model], BatchShape(rows // 64, 64), 4) if k.name == name)
-            variants = [(size, 0, ctas) for size in (2**16, 2**18, 2**20) for ctas in (0, 8)]
-            pairs += [surveyor.pair(8, kernel, rows, variant) for variant in variants]
-    found = fit_node([*gemms, *launches, *pairs], plain, ABOUT).node
-    assert found.link.cta_bytes == each and "best" in found.sources["link.cta_bytes"]
+    collectives = surveyor.collectives()
+    channels = [
+        Measurement("channels", row.at, {"ctas": float(min(16 if not row.at["ctas"] else 8, seen_ctas(row)))}, {}, 1)
+        for row in collectives
+    ]
+    found = fit_node([*gemms, *launches, *collectives, *channels], load_node(BASE), ABOUT).node
     assert {ctas for table in found.gemms for ctas in table.ctas} == {124}
-    # Without launches nobody knows what SMs a GEMM leaves, and nothing is said of small messages.
-    silent = fit_node([*gemms, *pairs], plain, ABOUT).node
-    assert not silent.link.cta_bytes and not any(table.ctas for table in silent.gemms)
+    # Never more CTAs than SMs, however large the GEMM: those that there are take tile after tile.
+    assert found.device.gemm_persistent and "none had more" in found.sources["device.gemm_persistent"]
+    assert found.link.default_ctas == 16 and "seen to be launched" in found.sources["link.default_ctas"]
+    costs = Costs(found)
+    for size, asked, ctas in ((2**12, 0, 1), (2**15, 0, 4), (2**22, 0, 16), (2**22, 8, 8), (2**14, 8, 2)):
+        assert costs.ctas_of(collective("all_reduce", Kind.ALL_REDUCE, size, 4), asked) == ctas
+    # Without them nothing is said of either.
+    silent = fit_node([*gemms, *collectives], load_node(BASE), ABOUT).node
+    assert not silent.device.gemm_persistent and not any(table.ctas for table in silent.gemms)
+    assert not any(table.launched for table in silent.link.tables)
+    many = [Measurement("launch", row.at, {"ctas": 500.0, "ctas_per_sm": 2.0}, {}, 1) for row in gemms]
+    assert not fit_node([*gemms, *many], load_node(BASE), ABOUT).node.device.gemm_persistent
+
+
+def seen_ctas(row: Measurement) -> int:
+    """One CTA for every 8 KiB, as NCCL has it for small messages."""
+    return max(1, int(row.at["bytes"]) // 2**13)
+
+
+def test_a_default_that_was_seen_to_be_what_was_asked_for_is_one_table() -> None:
+    surveyor = Surveyor(truth())
+    rows = surveyor.collectives()
+    default = [row for row in rows if row.at["op"] == "all_reduce" and not row.at["ctas"]]
+    asked = [moved(row, {"ctas": 16}, 2.0) for row in default]  # whatever the times say
+    channels = [Measurement("channels", row.at, {"ctas": 16.0}, {}, 1) for row in [*default, *asked]]
+    tables = fit_tables([*rows, *asked], channels, load_node(BASE).link, 1.0)
+    assert sorted(f.table.ctas for f in tables if f.table.op == "all_reduce") == [8, 16]
+
+
+def test_what_waits_across_streams_and_graphs_of_many_kernels_cost_is_measured() -> None:
+    rows = Surveyor(truth()).host(issue=30.0, event=1.2)
+    rows += [Measurement("host", {"name": n}, {"us": v}, {"us": 0.1}, 9) for n, v in HOST_ROWS.items()]
+    found = fit_node(rows, load_node(BASE), ABOUT)
+    assert found.node.device.event_gap_us == pytest.approx(2.8)
+    assert "event_gap" in found.node.sources["device.event_gap_us"]
+    assert found.node.host.graph_kernel_us == pytest.approx(1.1)  # of a whole forward pass, if that was measured
+    assert found.estimates["device"]["event_gap_us"].is_determined
+
+
+HOST_ROWS = {"event_gap": 2.8, "issue_kernel": 1.1, "graph_kernel": 0.02}
 
 
 def test_the_default_number_of_ctas_is_more_than_any_that_was_slower() -> None:
@@ -173,11 +231,11 @@ def test_the_default_number_of_ctas_is_more_than_any_that_was_slower() -> None:
     rows = surveyor.collectives()
     default = [row for row in rows if row.at["op"] == "all_reduce" and not row.at["ctas"]]
     slower = [moved(row, {"ctas": 16}, 1.5) for row in default]
-    tables = {f.table.ctas: f for f in fit_tables([*rows, *slower], base, 1.0) if f.table.op == "all_reduce"}
+    tables = {f.table.ctas: f for f in fit_tables([*rows, *slower], [], base, 1.0) if f.table.op == "all_reduce"}
     assert set(tables) == {8, 16, 24}
     assert "estimate" in tables[24].note
     equal = [moved(row, {"ctas": 16}, 1.0) for row in default]
-    assert {f.table.ctas for f in fit_tables([*rows, *equal], base, 1.0) if f.table.op == "all_reduce"} == {8, 16}
+    assert {f.table.ctas for f in fit_tables([*rows, *equal], [], base, 1.0) if f.table.op == "all_reduce"} == {8, 16}
 
 
 def moved(row: Measurement, at: dict[str, int], factor: float) -> Measurement:

@@ -6,19 +6,21 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from executor.execute import Driver
 from executor.launch import launch
 from executor.results import Output
 from executor.settings import RunSettings, Settings
 from models.config import MODELS
 from models.transformer import Layout
 from policy.options import Options
-from policy.round import Launch
+from policy.round import Launch, Mark
 from policy.scheduler import POLICIES
 from sim.replay import planned
 from tests.executor import random_plan
@@ -170,3 +172,35 @@ def test_a_request_is_answered_when_it_is_done_and_not_when_the_next_one_comes(t
     )
     assert len(answered) == 2
     assert answered[1] - answered[0] > 1.0
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_a_batch_is_answered_when_it_is_through_and_not_when_the_next_one_is(
+    monkeypatch: pytest.MonkeyPatch, spin: bool
+) -> None:
+    """The first batch ends at 3 while the host waits for a mark of the second, which is reached at 9."""
+    now, answered = [0], list[tuple[str, int]]()
+    first, second = (
+        SimpleNamespace(name=name, is_issued=True, end=end) for name, end in (("first", 3), ("second", 20))
+    )
+    flights = {0: first, 1: second}
+
+    def later() -> int:
+        now[0] += 1
+        return now[0]
+
+    def take_finished() -> list[SimpleNamespace]:
+        over = [number for number, flight in flights.items() if flight.end <= now[0]]
+        return [flights.pop(number) for number in over]
+
+    lanes = SimpleNamespace(spin=spin, is_done=lambda ticket: ticket <= later())
+    waits: list[int] = []
+    driver = Driver.__new__(Driver)
+    driver.device = SimpleNamespace(  # type: ignore[assignment]
+        parts=SimpleNamespace(lanes=lanes), flights=flights, ticket=lambda mark: 9, take_finished=take_finished,
+        synchronize=lambda mark: waits.append(now[0]),
+    )  # fmt: skip
+    monkeypatch.setattr(Driver, "_answer", lambda self, flight: answered.append((flight.name, now[0])))
+    driver._await(Mark(1, 5))
+    assert answered == [("first", 3)]
+    assert waits == [9] and list(flights) == [1]

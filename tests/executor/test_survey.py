@@ -26,7 +26,7 @@ from executor.survey_refine import candidates
 from models.config import MODELS
 from models.kernel import Kind
 from models.transformer import BatchShape, Layout, function_vector
-from traces.measurement import Coordinates, Measurement, point_key, read_measurements
+from traces.measurement import SEEN, Coordinates, Measurement, point_key, read_measurements
 from weft.cli import main, make_parser
 from weft.measure_command import settings_of, shards_of
 
@@ -210,7 +210,7 @@ class Machine:
         )  # fmt: skip
         for lot in lead.lots():
             assert len({(point.what, point.model) for point in lot}) == 1
-            assert lot[0].what == "launch" or len(lot) <= LOTS.get(lot[0].what, 20)
+            assert lot[0].what in SEEN or len(lot) <= LOTS.get(lot[0].what, 20)
             for point in lot:
                 assert point.key not in self.rows, "measured twice"
                 self.now_s += self.cost_s
@@ -260,27 +260,27 @@ def test_the_whole_coarse_grid_comes_before_anything_finer_and_a_straight_machin
     assert {point.what for point in finer} == {"attention"} and len(finer) < 20
 
 
-def test_a_survey_of_gpus_ends_with_how_its_gemms_are_launched() -> None:
+def test_a_survey_of_gpus_ends_with_how_its_gemms_and_collectives_are_launched() -> None:
     machine = Machine(stepped)
     machine.with_launches = True
     machine.survey(MODEL_SHAPES, 80.0)
     kinds_in_order = [point.what for point in machine.order]
     first = kinds_in_order.index("launch")
-    assert set(kinds_in_order[first:]) == {"launch"}
+    assert set(kinds_in_order[first:]) == set(SEEN)
 
     def places(what: str) -> list[str]:
         return sorted(str(row.at) for row in machine.rows.values() if row.what == what)
 
     coarse = {point.key for task in make_tasks(MODEL_SHAPES, GPU, 4, on_gpu=True) for point in task.points}
     assert any(row.what == "gemm" and row.key not in coarse for row in machine.rows.values())
-    assert places("gemm") == places("launch")
+    assert places("gemm") == places("launch") and places("collective") == places("channels")
     # A survey that was cut off before that makes up for it, finer points and all; nothing is measured twice.
-    before, cut_off = len(machine.order), {key: row for key, row in machine.rows.items() if row.what != "launch"}
+    before, cut_off = len(machine.order), {key: row for key, row in machine.rows.items() if row.what not in SEEN}
     machine.survey(MODEL_SHAPES, 0.0)
     assert len(machine.order) == before
     machine.rows = cut_off
     machine.survey(MODEL_SHAPES, 0.0)
-    assert places("gemm") == places("launch")
+    assert places("gemm") == places("launch") and places("collective") == places("channels")
 
 
 def test_what_was_measured_before_is_not_measured_again_and_finer_points_of_then_count() -> None:

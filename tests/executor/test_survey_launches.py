@@ -31,3 +31,5 @@ def test_kernels_are_told_apart_by_the_markers_between_them_whatever_their_order
         [Launched("small tiles", 192, 4, 8.0), Launched("split reduction", 64, 8, 2.0)],
         [],
     ]
+    # Of collectives nobody asks what an SM holds.
+    assert [k.ctas for group in kernels_of({"traceEvents": events}, None) for k in group] == [132, 192, 64]

@@ -81,12 +81,47 @@ def test_a_collective_starts_at_once_beside_a_gemm_that_leaves_it_sms_and_waits_
         delay_us = race(Costs(of), Pair(compute, comm)).start_delay_us
         # What is alone on its SMs is slowed, but never waits for half a GEMM on average.
         assert (delay_us > 0.4 * us(of, compute)) == waits
-    assert of.link.cta_bytes == 0
-    small = msgspec.structs.replace(of, link=msgspec.structs.replace(of.link, cta_bytes=2**19))
-    assert Costs(small).ctas_of(comm, 0) == 2
-    assert Costs(small).ctas_of(replace(comm, message_bytes=2**19 + 1), 0) == 2
-    assert Costs(small).ctas_of(replace(comm, message_bytes=1), 0) == 1
-    assert Costs(small).ctas_of(replace(comm, message_bytes=2**30), 0) == needed
+
+
+def test_a_small_message_has_the_ctas_that_it_was_seen_with() -> None:
+    seen = tuple(min(8, 1 + place) for place in range(len(BASE.link.tables[0].bytes)))
+    first, *rest = BASE.link.tables
+    link = msgspec.structs.replace(BASE.link, tables=(msgspec.structs.replace(first, launched=seen), *rest))
+    assert first.op == "all_reduce"
+    costs = Costs(msgspec.structs.replace(BASE, link=link))
+    for place, size in enumerate(first.bytes):
+        comm = collective("attn_all_reduce", Kind.ALL_REDUCE, size, first.ranks)
+        assert costs.ctas_of(comm, first.ctas) == seen[place]
+        assert costs.ctas_of(replace(comm, message_bytes=size - 1), first.ctas) == seen[place]
+    assert costs.ctas_of(replace(comm, message_bytes=2 * first.bytes[-1]), first.ctas) == seen[-1]
+    with pytest.raises(ValueError, match="launched CTAs"):
+        msgspec.structs.replace(first, launched=seen[1:])
+
+
+def test_ctas_that_take_tile_after_tile_leave_their_sms_when_no_tile_is_left() -> None:
+    """Four waves of tiles: the SMs are free for a collective that comes first after a wave, or after all of them."""
+    compute, comm = gemm("fc1", 1024, COLS, INNER), collective("attn_all_reduce", Kind.ALL_REDUCE, 2**16, 4)
+    waits = {}
+    for persistent in (False, True):
+        of = node(table(ctas=(4 * BASE.device.num_sms,) * len(ROWS), us=(9.0, 11.0, 14.0, 400.0)))
+        of = msgspec.structs.replace(of, device=msgspec.structs.replace(of.device, gemm_persistent=persistent))
+        waits[persistent] = race(Costs(of), Pair(compute, comm)).start_delay_us
+        assert us(of, compute) == pytest.approx(400.0, abs=10 * TICK_US)
+    assert waits[False] < 110.0  # a wave at most
+    assert 150.0 < waits[True] < 300.0  # half of the GEMM on average
+
+
+def test_tiles_that_find_fewer_sms_are_taken_by_those_that_there_are() -> None:
+    """Beside a collective that stays, eight tiles for each SM take nine turns, and not sixteen."""
+    num, comm = BASE.device.num_sms, collective("attn_all_reduce", Kind.ALL_REDUCE, 2**26, 4)
+    contention = msgspec.structs.replace(BASE.contention, gemm_by_comm=1.0, comm_by_compute=1.0)
+    of = msgspec.structs.replace(
+        node(table(ctas=(8 * num,) * len(ROWS), us=(9.0, 11.0, 14.0, 100.0))), contention=contention,
+        device=msgspec.structs.replace(BASE.device, gemm_persistent=True),
+        link=msgspec.structs.replace(BASE.link, hbm_per_byte=0.1),
+    )  # fmt: skip
+    slow = race(Costs(of), Pair(gemm("fc1", 1024, COLS, INNER), comm)).compute_slowdown
+    assert 1.0 < slow < 1.3
 
 
 def test_a_fit_makes_tables_of_what_it_sees_and_they_survive_a_file() -> None:
@@ -108,6 +143,20 @@ def test_a_fit_makes_tables_of_what_it_sees_and_they_survive_a_file() -> None:
     again = msgspec.convert(tomllib.loads(node_text(of)), NodeSpec)
     assert again == of and again.digest == of.digest != BASE.digest
     assert again.numbers_digest != BASE.numbers_digest
+
+
+def test_tiles_come_from_the_names_of_kernels_that_have_one_cta_for_every_sm() -> None:
+    at: Coordinates = {"name": "fc1", "cols": COLS, "inner": INNER, "withheld_sms": 0, "element_bytes": 2, "rows": 1024}
+    rows = [Measurement("gemm", at, {"us": 50.0}, {}, 5)]
+
+    def ctas(count: float, kernel: str) -> tuple[int, ...]:
+        launch = Measurement("launch", at | {"kernel": kernel}, {"ctas": count, "ctas_per_sm": 1.0}, {}, 1)
+        return gemm_tables(rows, [launch], BASE)[0].ctas
+
+    # 7168 x 1024 in tiles of 256 x 128: 224, two for each of 132 SMs.
+    assert ctas(132.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (264,)
+    assert ctas(128.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (128,)
+    assert ctas(132.0, "another_library_256x128") == (132,)
 
 
 @pytest.mark.parametrize(("change", "words"), [({"rows": (16, 64)}, "times"), ({"rows": (16, 64, 64, 70)}, "increase")])

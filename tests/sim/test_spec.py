@@ -14,8 +14,9 @@ from sim.cost import Costs
 from sim.spec import NODES, load_node, node_names
 
 SHIPPED = (
-    "a100-nvlink-x4", "a100-nvlink-x4-fitted", "a100-pcie-x4", "a100-pcie-x4-fitted", "h200-hoststaged-x4",
-    "h200-hoststaged-x4-fitted", "h200-nvlink-x4", "h200-nvlink-x4-fitted", "v100-nvlink-x4",
+    "a100-nvlink-x4", "a100-nvlink-x4-fitted", "a100-pcie-x4", "a100-pcie-x4-fitted", "h200-hoststaged-x2-fitted",
+    "h200-hoststaged-x4", "h200-hoststaged-x4-fitted", "h200-nvlink-x2-fitted", "h200-nvlink-x4",
+    "h200-nvlink-x4-fitted", "v100-nvlink-x4",
 )  # fmt: skip
 GOOD = (NODES / "a100-pcie-x4.toml").read_text(encoding="utf-8")
 
