@@ -23,6 +23,7 @@ LEAST_US = 0.1
 # Sizes that are further apart than this factor get a knot between them.
 WIDE_GAP = 1.5
 MORE_CTAS = 8
+AS_FAST = "as fast as with"
 SEEN_CTAS = "CTA count is the most with which messages were seen to be launched"
 Key = tuple[str, int, int]
 Launched = dict[Key, dict[int, int]]
@@ -102,7 +103,7 @@ def _default_ctas(
     """How many CTAs the default is taken to have, and why. It must be most, for that is what `sim.cost` takes."""
     for ctas, points in sorted(explicit.items()):
         if _same(default, points):
-            return ctas, f"as fast as with {ctas} CTAs asked for, so taken to be {ctas}"
+            return ctas, f"{AS_FAST} {ctas} CTAs asked for, so taken to be {ctas}"
     most = max(explicit, default=0)
     if most >= usual:
         return most + MORE_CTAS, f"CTA count is an estimate: unlike {most}, the most that was asked for, so more"

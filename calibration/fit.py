@@ -9,7 +9,7 @@ from statistics import fmean
 import msgspec
 import numpy as np
 
-from calibration.collectives import SEEN_CTAS, TableFit, fit_tables
+from calibration.collectives import AS_FAST, SEEN_CTAS, TableFit, fit_tables
 from calibration.gemm import fit_gemms
 from calibration.gemm_tables import are_persistent, gemm_tables
 from calibration.holdout import is_held_out
@@ -157,10 +157,13 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
 
 
 def _default_ctas(tables: Sequence[TableFit], link: LinkSpec, base: LinkSpec) -> dict[str, str]:
-    """Where the default CTAs come from, if not from the base: what the table that has them says."""
-    sums = [fit for fit in tables if fit.table.op == "all_reduce" and fit.table.ctas == link.default_ctas and fit.note]
-    note = max(sums, key=lambda fit: fit.table.ranks).note if sums else ""
-    return {"default_ctas": note} if note == SEEN_CTAS or (note and link.default_ctas != base.default_ctas) else {}
+    """Where the default CTAs come from, if not from the base: they were seen, asked for, or fitted to pairs."""
+    notes = {fit.note for fit in tables if fit.table.op == "all_reduce" and fit.table.ctas == link.default_ctas}
+    if SEEN_CTAS in notes:
+        return {"default_ctas": SEEN_CTAS}
+    if link.default_ctas == base.default_ctas:
+        return {}
+    return {"default_ctas": next((note for note in sorted(notes) if note.startswith(AS_FAST)), DEFAULT_CTAS)}
 
 
 def _fit_device(
