@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 # Part, seconds it may take, whether it depends on the link mode. In order of worth: a budget that ends cuts the last.
 PARTS: tuple[tuple[str, int, bool], ...] = (
     ("probe", 90, True),
-    ("correct", 150, False),
-    ("soak", 100, False),
+    ("correct", 240, False),
+    ("soak", 200, False),
     ("serving", 120, True),
     ("deep", 200, True),
     ("forward", 300, True),
