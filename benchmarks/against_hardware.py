@@ -29,6 +29,7 @@ from sim.simulate import Fidelity, Simulation
 from sim.spec import NodeSpec, load_node
 from traces.metrics import metrics
 from traces.request import Request
+from weft.runs import options_for
 
 DATA = Path(__file__).parent / "data"
 SERVED = ("h200-x4-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/deep.jsonl")
@@ -63,8 +64,7 @@ def served(
 ) -> dict[str, Any]:  # fmt: skip
     """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
     model = replace(MODELS[name], num_layers=layers, vocab_size=0)
-    options = Options(pad_to=pad_to, adaptive=not forced, **forced)
-    options = replace(options, depth=max(options.depth, layout.pp + 2)) if layout.pp > 1 else options
+    options = options_for(policy, layout, Options(pad_to=pad_to, adaptive=not forced, **forced))
     scheduler = Scheduler(policy, options, profile_of(node), Vectors(model, layout))
     return metrics(Simulation(node, layout, scheduler, Fidelity()).run(list(requests)))
 
@@ -92,19 +92,20 @@ def of_two() -> None:
     print(f"\n| link, model × layers, policy | offered | batches/s {head}")
     for row in measured():
         if row["layout"][0] == 2:
-            requests = twins(arrivals(row["num_requests"] // 2, row["rate"]))
-            _print_beside(row, nodes[row["mode"]], requests, row["pad_to"], 2.0)
+            _print_beside(row, nodes[row["mode"]])
     print(f"\n| link, model × layers, policy | offered | requests/s {head}")
     for row in plane():
-        _print_beside(row, nodes[row["mode"]], arrivals(row["num_requests"], row["rate"]), Options().pad_to, 1.0)
+        _print_beside(row, nodes[row["mode"]], together=1)
 
 
-def _print_beside(
-    row: dict[str, Any], node: NodeSpec, requests: tuple[Request, ...], pad_to: int, scale: float
-) -> None:  # fmt: skip
-    found = served(node, row["model"], row["num_layers"], row["policy"], requests, pad_to, Layout(*row["layout"]))
-    cells = [_beside(row[key], found[key], scale if key == "request_throughput" else 1.0) for key in KEYS]
-    name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
+def _print_beside(row: dict[str, Any], node: NodeSpec, before: str = "", together: int = 2) -> None:
+    """A row of a table. `together`: requests of one length that come at a time."""
+    requests = arrivals(row["num_requests"] // together, row["rate"])
+    requests = requests if together == 1 else twins(requests)
+    pad_to, layout = row.get("pad_to", Options().pad_to), Layout(*row["layout"])
+    found = served(node, row["model"], row["num_layers"], row["policy"], requests, pad_to, layout)
+    cells = [_beside(row[key], found[key], together if key == "request_throughput" else 1.0) for key in KEYS]
+    name = f"{before}{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
     print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
 
 
@@ -117,12 +118,7 @@ def main() -> None:
     print("| GPUs, link, model × layers, policy | offered | batches/s | mean ms | P50 | P90 | P99 |")
     print("|---|---|---|---|---|---|---|")
     for row in measured():
-        requests = twins(arrivals(row["num_requests"] // 2, row["rate"]))
-        layout, node = Layout(*row["layout"]), nodes[row["mode"]]
-        found = served(node, row["model"], row["num_layers"], row["policy"], requests, row["pad_to"], layout)
-        cells = [_beside(row[key], found[key], 2.0 if key == "request_throughput" else 1.0) for key in KEYS]
-        name = f"{layout.tp}, {row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
-        print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")
+        _print_beside(row, nodes[row["mode"]], f"{row['layout'][0]}, ")
     print("\n| link, model × layers | choice | batches/s |\n|---|---|---|")
     for line in (DATA / "h200-x4-2026-11-21" / "levers.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from calibration.solve import Floats
-from sim.spec import LinkSpec, Table
+from sim.spec import LinkSpec, Table, next_larger
 from traces.measurement import Measurement
 
 # How precisely a time is taken to be known, even if all repetitions agree; and how sharply a curve of log time over
@@ -130,14 +130,10 @@ def _smoothed(
     us = np.exp(covariance @ (log_us * weight))
     error = float(np.median(np.sqrt(np.diag(covariance))))
     rounded = tuple(float(f"{value:.4g}") for value in us)
-    launched = tuple(_next_larger(seen, size) for size in sizes) if seen else ()
+    known = sorted(seen)
+    launched = tuple(next_larger(known, [seen[other] for other in known], size) for size in sizes) if seen else ()
     table = Table(op=op, ranks=ranks, ctas=ctas, bytes=tuple(sizes), us=rounded, launched=launched)
     return TableFit(table, error, note)
-
-
-def _next_larger(seen: dict[int, int], size: int) -> int:
-    """What was seen of the next larger size, or of the largest."""
-    return seen[min((other for other in seen if other >= size), default=max(seen))]
 
 
 def _between(sizes: Sequence[int]) -> list[int]:

@@ -23,13 +23,13 @@ from calibration.kernels import (
     withheld_of,
 )
 from calibration.memory import fit_attention, fit_elementwise
-from calibration.pairs import DEFAULT_CTAS, fit_pairs, is_kept_out, is_simulated, race_row
+from calibration.pairs import DEFAULT_CTAS, fit_pairs, is_simulated, race_row
 from calibration.sequence import JOIN, SWITCH, fit_join, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
 from sim.spec import FitSpec, LinkSpec, NodeSpec
-from traces.measurement import CHANNELS, KERNELS, LAUNCH, SEQUENCE, Measurement
+from traces.measurement import CHANNELS, KERNELS, LAUNCH, SEQUENCE, Measurement, is_kept_out
 
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"
@@ -197,7 +197,8 @@ def _with_tables(link: LinkSpec, fits: Sequence[TableFit], measurements: Sequenc
     kept = [table for table in link.tables if (table.op, table.ranks) not in fitted or table.path]
     withheld = {withheld_of(row) for row in measurements if row.what in ("gemm", "pair")}
     partitions = tuple(sorted(withheld | {0})) if len(withheld) > 1 else link.partitions
-    default = next((fit.table.ctas for fit in fits if fit.note == SEEN_CTAS), link.default_ctas)
+    sums = [fit.table for fit in fits if fit.note == SEEN_CTAS and fit.table.op == "all_reduce"]
+    default = max(sums, key=lambda table: table.ranks).ctas if sums else link.default_ctas
     return msgspec.structs.replace(link, tables=(*tables, *kept), partitions=partitions, default_ctas=default)
 
 

@@ -10,7 +10,7 @@ from statistics import median
 
 from calibration.kernels import kernel_of, withheld_of
 from sim.cost import TABLE_BYTES
-from sim.spec import GemmTable, NodeSpec
+from sim.spec import GemmTable, NodeSpec, next_larger
 from traces.measurement import Measurement
 
 SHORTEST_US = 1e-3
@@ -57,7 +57,7 @@ def _launched(launches: Sequence[Measurement], num_sms: int) -> dict[tuple[int, 
 def _in_turn(row: Measurement, num_sms: int) -> int:
     """CTAs in units of what an SM holds; where there is one for every SM, times the tiles that each takes, where the
     name of the kernel tells them."""
-    ctas, at = ceil(row.values["ctas"] / row.values["ctas_per_sm"]), row.at
+    ctas, at = _filled(row), row.at
     tile = TILE.search(str(at.get("kernel", ""))) if ctas == num_sms else None
     if tile is None:
         return ctas
@@ -66,9 +66,14 @@ def _in_turn(row: Measurement, num_sms: int) -> int:
     return ceil(tiles / num_sms) * num_sms
 
 
+def _filled(launch: Measurement) -> int:
+    """How many SMs a launch fills."""
+    return ceil(launch.values["ctas"] / launch.values["ctas_per_sm"])
+
+
 def are_persistent(launches: Sequence[Measurement], num_sms: int) -> bool:
     """Whether GEMMs never have more CTAs than the SMs hold, however large they are."""
-    most = max((ceil(row.values["ctas"] / row.values["ctas_per_sm"]) for row in launches), default=0)
+    most = max(map(_filled, launches), default=0)
     large = [row for row in launches if int(row.at["rows"]) * int(row.at["cols"]) > LARGEST_TILE * num_sms]
     return bool(large) and most <= num_sms
 
@@ -77,4 +82,5 @@ def _ctas(seen: dict[int, int], rows: Sequence[int]) -> tuple[int, ...]:
     """The CTAs at each number of rows: those of the next larger one that was seen, or of the largest."""
     if not seen:
         return ()
-    return tuple(seen[min((count for count in seen if count >= some), default=max(seen))] for some in rows)
+    known = sorted(seen)
+    return tuple(next_larger(known, [seen[count] for count in known], some) for some in rows)

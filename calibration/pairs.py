@@ -15,7 +15,7 @@ from calibration.race import Outcome, Pair, race
 from calibration.solve import Estimate, Floats, Parameter, Problem, cost_of, sigma_of, solve
 from sim.cost import Costs
 from sim.spec import ContentionSpec, NodeSpec
-from traces.measurement import Measurement
+from traces.measurement import Measurement, is_kept_out
 
 # Rows that a fit races in the simulator; of more, evenly spaced ones.
 MOST_ROWS = 100
@@ -26,9 +26,6 @@ DEFAULTS = (2, 4, 12, 20, 24)
 # SMs that a full wave of the GEMM library may leave.
 LEFT_BY_WAVES = (4, 8, 12, 16)
 DEFAULT_CTAS = "CTA count is the one with which the node explains best how the default gets on beside computation"
-# A series of collectives that is slowed more is kept out by kernels that leave no SM: which of the two is first in
-# between decides how much, so that such a number says nothing of one that comes alone, as in schedules.
-KEPT_OUT = 4.0
 TRAFFIC = "hbm_per_byte"
 SIDES = ("compute_slowdown", "comm_slowdown")
 DELAY = "start_delay_us"
@@ -48,11 +45,6 @@ class PairFit:
     node: NodeSpec
     estimates: dict[str, Estimate]
     choices: dict[str, str]
-
-
-def is_kept_out(row: Measurement) -> bool:
-    """Whether a series of collectives hardly ran at all beside the computation."""
-    return row.values["comm_slowdown"] > KEPT_OUT
 
 
 def pair_of(row: Measurement) -> Pair:
@@ -79,12 +71,12 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     traffic = base.link.hbm_per_byte
     if usable:
         if 0 in (counts := {ctas_of(row) for row in usable}) and len(counts) > 1:
-            base = _in_proportion(base)
+            base = _contending(base, per_ctas=base.contention.per_ctas or PER_CTAS)
             if not any(table.launched for table in base.link.tables):
                 base = _with_counts(base, usable)
         solution = solve(_problem(usable, base, _parameters(usable, base)))
         if _tells_traffic(usable):
-            other = _by_traffic(base)
+            other = _contending(base, by_traffic=True)
             found = solve(_problem(usable, other, _parameters(usable, other)))
             choices[BY_TRAFFIC] = f"robust cost of pairs {found.cost:.0f}, the other way {solution.cost:.0f}"
             if found.cost < solution.cost:
@@ -116,23 +108,17 @@ def _parameters(rows: Sequence[Measurement], base: NodeSpec) -> tuple[Parameter,
 
 def _tells_traffic(rows: Sequence[Measurement]) -> bool:
     """Whether light kernels of one kind were measured small and large, beside messages of several sizes."""
-    for kind in BY_KIND:
-        some = [row for row in rows if row.at["kind"] == kind != "gemm"]
+    for kind in ("attention", "elementwise"):
+        some = [row for row in rows if row.at["kind"] == kind]
         moved = [float(row.at["bytes_moved"]) for row in some]
         if len({int(row.at["bytes"]) for row in some}) > 1 and max(moved) > SMALL_TO_LARGE * min(moved):
             return True
     return False
 
 
-def _by_traffic(base: NodeSpec) -> NodeSpec:
-    """Slowdowns of compute that go with the traffic of the collective."""
-    return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, by_traffic=True))
-
-
-def _in_proportion(base: NodeSpec) -> NodeSpec:
-    """Slowdowns of compute in proportion to CTAs."""
-    per = base.contention.per_ctas or PER_CTAS
-    return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, per_ctas=per))
+def _contending(base: NodeSpec, **changes: float) -> NodeSpec:
+    """The node with another contention."""
+    return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, **changes))
 
 
 def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
@@ -210,8 +196,5 @@ def _alone_us(row: Measurement) -> float:
 
 def _with(base: NodeSpec, values: dict[str, float]) -> NodeSpec:
     known = {field: values[field] for field in ContentionSpec.__struct_fields__ if field in values}
-    return msgspec.structs.replace(
-        base,
-        contention=msgspec.structs.replace(base.contention, **known),
-        link=msgspec.structs.replace(base.link, hbm_per_byte=values[TRAFFIC]),
-    )
+    link = msgspec.structs.replace(base.link, hbm_per_byte=values[TRAFFIC])
+    return msgspec.structs.replace(_contending(base, **known), link=link)

@@ -278,11 +278,11 @@ class Device:
         graphs = self.parts.graphs
         assert graphs is not None
         vector, found = batch.vectors[self.stage], [span[0]]
-        if not graphs.sealed or graphs.holds(_graph_key(batch, key, span, max_ctas)):
+        if not graphs.sealed or self.is_captured(batch, key, span, max_ctas):
             return list(span)
         while (first := found[-1]) < span[1]:
             ends = (_layer_end(vector, first), vector.run_end[first], vector.unit_end[first])
-            known = (e for e in ends if e <= span[1] and graphs.holds(_graph_key(batch, key, (first, e), max_ctas)))
+            known = (e for e in ends if e <= span[1] and self.is_captured(batch, key, (first, e), max_ctas))
             found.append(next(known, min(vector.unit_end[first], span[1])))
         return found
 

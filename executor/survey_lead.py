@@ -135,14 +135,14 @@ class Lead:
     def _launches(self) -> Iterator[list[Point]]:
         """The GEMMs that were measured, now or by an earlier survey, by model, and the collectives, as points of their
         own."""
-        measured = [row for row in self.rows.values() if row.what == "gemm"]
-        for model, shapes in self.models.items():
-            points = [Point(LAUNCH, row.at, model) for row in measured if _is_of(shapes, row)]
+        rows = list(self.rows.values())
+        found = [
+            [Point(LAUNCH, row.at, model) for row in rows if row.what == "gemm" and _is_of(shapes, row)]
+            for model, shapes in self.models.items()
+        ]
+        for points in (*found, [Point(CHANNELS, row.at) for row in rows if row.what == "collective"]):
             if lot := [point for point in points if self._is_open(point)]:
                 yield lot
-        points = [Point(CHANNELS, row.at) for row in self.rows.values() if row.what == "collective"]
-        if lot := [point for point in points if self._is_open(point)]:
-            yield lot
 
     def _until(self, until_s: float, points: Iterable[Point]) -> Iterator[list[Point]]:
         """Lots of what is still to do, as long as there is time; one in any case while the budget lasts."""

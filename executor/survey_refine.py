@@ -16,7 +16,7 @@ from itertools import pairwise
 from math import log, sqrt
 
 from executor.survey_points import PER_SEQUENCE, SEQUENCE, SERIAL, Point, Shapes, compute_of, pair_at
-from traces.measurement import Measurement, point_key
+from traces.measurement import Measurement, is_kept_out, point_key
 
 AXES: dict[str, tuple[str, ...]] = {
     "gemm": ("rows",), "elementwise": ("rows",), "attention": ("length",), "collective": ("bytes",),
@@ -30,8 +30,6 @@ UNKNOWN = 0.1
 ENOUGH = 0.005
 # Neighbours nearer than this factor are near enough.
 NARROW = 1.1
-# How often a collective goes on beside computation that leaves no SM is chance; no curve is drawn through that.
-KEPT_OUT = 4.0
 FEW_ROWS, ROWS_STEP, SMALL_STEP, BYTES_STEP = 64, 16, 4, 4096
 ShapesOf = Callable[[str], Shapes | None]
 
@@ -118,7 +116,8 @@ def _bend(sizes: tuple[int, int, int], curve: Curve) -> float:
 def _names(row: Measurement) -> list[str]:
     if row.what != "pair":
         return ["us"]
-    return ["compute_slowdown", "comm_slowdown"] if row.values["comm_slowdown"] < KEPT_OUT else ["compute_slowdown"]
+    # How often a collective goes on beside computation that keeps it out is chance; no curve is drawn through that.
+    return ["compute_slowdown"] if is_kept_out(row) else ["compute_slowdown", "comm_slowdown"]
 
 
 def midpoint(axis: str, low: int, high: int, template: Point) -> int | None:

@@ -248,12 +248,13 @@ class Sms:
         """What collectives under way cost a kernel beyond SMs and memory."""
         if not moving:
             return 1.0
-        slow, transfers = self._beside_comm[kind], [r.transfer for r in moving if r.transfer is not None]
+        slow = self._beside_comm[kind]
+        if not (self._per_ctas or self._by_traffic):
+            return slow
+        transfers = [r.transfer for r in moving if r.transfer is not None]
         if self._by_traffic:
             per = self._per_ctas or max(t.ctas for t in transfers)
             return 1.0 + (slow - 1.0) * sum(t.ctas * t.stream_share**2 for t in transfers) / per
-        if not self._per_ctas:
-            return slow
         return 1.0 + (slow - 1.0) * sum(t.ctas for t in transfers) / self._per_ctas
 
     def _wanted(self, shape: Shape, ctas: int) -> float:

@@ -7,6 +7,7 @@ import hashlib
 import tomllib
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import exp, log
@@ -163,8 +164,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def ctas_at(self, size: int) -> int:
         """CTAs of a message: those of the next larger size that was seen, or of the largest."""
-        place = min(bisect_left(self.bytes, size), len(self.bytes) - 1)
-        return self.launched[place] if self.launched else self.ctas
+        return next_larger(self.bytes, self.launched, size) if self.launched else self.ctas
 
     def stream_us(self, size: int) -> float:
         """What a message takes at the best rate of the table, without latency."""
@@ -177,6 +177,11 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         if size >= self.bytes[-1]:
             return self.us[-1] * size / self.bytes[-1]
         return _between(self.bytes, self.us, size)
+
+
+def next_larger(points: Sequence[int], values: Sequence[int], at: int) -> int:
+    """The value at the next larger one of the points, which increase, or at the largest."""
+    return values[min(bisect_left(points, at), len(points) - 1)]
 
 
 def _between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
@@ -217,7 +222,7 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def ctas_at(self, rows: int) -> int:
         """CTAs at so many rows: those of the next larger number that was seen, for tiles are made to hold it; 0 if none
         was."""
-        return self.ctas[min(bisect_left(self.rows, rows), len(self.rows) - 1)] if self.ctas else 0
+        return next_larger(self.rows, self.ctas, rows) if self.ctas else 0
 
 
 class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -40,6 +40,9 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 # Values that a row needs, if not `us`; a pair may know one side alone.
 NEEDED_VALUES: dict[str, tuple[str, ...]] = {"pair": (), LAUNCH: ("ctas", "ctas_per_sm"), CHANNELS: ("ctas",)}
+# A series of collectives that is slowed more is kept out by kernels that leave no SM: which of the two is first in
+# between decides how much, so that such a number says nothing of one that comes alone, as in schedules.
+KEPT_OUT = 4.0
 # What may stand beside the coordinates and is none: the plan of two batches in words, what a kernel is called.
 DESCRIBING = frozenset({"plan", "kernel"})
 
@@ -101,6 +104,11 @@ class Measurement:
     def key(self) -> str:
         """What makes it this point and no other, whatever the order of its coordinates."""
         return point_key(self.what, self.at)
+
+
+def is_kept_out(pair: Measurement) -> bool:
+    """Whether a series of collectives hardly ran at all beside the computation."""
+    return pair.values["comm_slowdown"] > KEPT_OUT
 
 
 def point_key(what: str, at: Coordinates) -> str:

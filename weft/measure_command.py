@@ -41,8 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     models_help = f"ids or files, separated by commas; pairs and schedules are those of the first two (default: \
 {DEFAULT_MODELS['nccl']})"
     parser.add_argument("--models", default="", metavar="A,B", help=models_help)
-    kinds_help = f"kinds to measure, separated by commas, of {', '.join(KINDS)}; how GEMMs are launched comes with \
-them, after the budget (default: all)"
+    kinds_help = f"kinds to measure, separated by commas, of {', '.join(KINDS)}; how GEMMs and \
+collectives are launched comes with them, after the budget (default: all)"
     parser.add_argument("--kinds", default="", metavar="A,B", help=kinds_help)
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="layers of each model (default: 6; gloo: 2)")
     mode_help = "host-staged keeps GPUs from reaching each other directly (default: as-is)"
