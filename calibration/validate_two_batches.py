@@ -165,7 +165,7 @@ def _without_host(plan: Plan, launches: list[Launch]) -> Plan:
     def planned(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
         round_, after = plan(state, options, profile)
         launches.extend(round_.launches)
-        return replace(round_, synchronize=()), after
+        return round_._replace(synchronize=()), after
 
     return planned
 

@@ -46,7 +46,7 @@ class Graphs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A range of one shape in one slot, ready to be run: made once, at its first use.
+    """Kernels [first, last) of one shape in one slot, ready to be run on one queue.
 
     `notes`: what the order log is told of its collectives. `opaque`: a graph with collectives inside.
     """
@@ -58,6 +58,24 @@ class Ready:
     opaque: bool
     name: str
     notes: tuple[OrderNote, ...]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a launch of one shape in one slot comes to; made once, at its first use.
+
+    `point`: what is done behind it. `begins`, `ends`: it is the first, the last of its batch on this stage.
+    """
+
+    pieces: tuple[Ready, ...]
+    point: tuple[int, float]
+    begins: bool
+    ends: bool
+
+
+AllSteps = dict[tuple[object, ...], dict[tuple[object, ...], Steps]]
 
 
 @dataclass(slots=True)
@@ -68,7 +86,7 @@ class InFlight:
     entered_us: float
     slot: Slot
     vector: FunctionVector
-    ready: dict[tuple[object, ...], Ready]
+    steps: dict[tuple[object, ...], Steps]
     prepare: Body
     points: list[tuple[int, float]] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
@@ -93,6 +111,7 @@ class Parts:
     clock: Clock
     graphs: Graphs | None
     bound: dict[tuple[int, BatchShape], list[Operation]]
+    steps: AllSteps
 
 
 class Device:
@@ -108,7 +127,6 @@ class Device:
         self.flights: dict[int, InFlight] = {}
         self.order = OrderLog()
         self._tails: dict[Lane, Ticket] = {}
-        self._ready: dict[tuple[int, BatchShape], dict[tuple[object, ...], Ready]] = {}
         self._capturing = False
 
     # -- batches ----------------------------------------------------------------------------------------------------
@@ -121,7 +139,7 @@ class Device:
             entered_us,
             slot,
             batch.vectors[self.stage],
-            self._ready.setdefault((batch.slot, batch.shape), {}),
+            self.parts.steps.setdefault((batch.slot, batch.shape, self.split, self.parts.graphs is not None), {}),
             lambda: prepare(slot),
         )
 
@@ -147,19 +165,29 @@ class Device:
     def issue(self, launch: Launch, round_id: int) -> None:
         """Put one launch of this stage on its lane, behind what it waits for."""
         flight = self.flights[launch.batch_id]
+        # All of a launch but whose it is and what it waits for.
+        geometry = launch[1:4] + launch[5:]
+        steps = flight.steps.get(geometry)
+        if steps is None or self._capturing:
+            steps = self._steps_of(flight.batch, launch)
+            if not self._capturing:
+                flight.steps[geometry] = steps
         waits = [ticket for mark in launch.waits if (ticket := self.ticket(mark)) is not None]
-        starts = launch.first == 0 and (launch.fragment is None or launch.fragment.start == 0)
-        mark = launch.mark
-        ends = mark.kernel == len(flight.vector)
-        pieces = self._pieces(launch, flight.vector)
-        for number, (first, last) in enumerate(pieces):
-            before = flight.prepare if starts and number == 0 else None
+        pieces = steps.pieces
+        for ready in pieces:
+            before = flight.prepare if steps.begins and ready is pieces[0] else None
             # Not inside a capture: pinned memory that a capture has used is of no use to anybody behind it.
-            copies = self.copy_out and not self._capturing and ends and number == len(pieces) - 1
+            copies = steps.ends and self.copy_out and not self._capturing and ready is pieces[-1]
             after = self._copy_out(flight) if copies else None
-            waits = [self._issue_piece(flight, launch, (first, last), waits, (before, after), round_id)]
-        flight.points.append((mark.kernel, mark.part))
+            waits = [self._issue_piece(flight, ready, waits, _in_turn(before, ready.work, after), round_id)]
+        flight.points.append(steps.point)
         flight.tickets.append(waits[0])
+
+    def _steps_of(self, batch: Batch, launch: Launch) -> Steps:
+        vector, mark = batch.vectors[self.stage], launch.mark
+        pieces = tuple(self._ready(batch, launch, first, last) for first, last in self._pieces(launch, vector))
+        begins = launch.first == 0 and (launch.fragment is None or launch.fragment.start == 0)
+        return Steps(pieces, (mark.kernel, mark.part), begins, mark.kernel == len(vector))
 
     def _pieces(self, launch: Launch, vector: FunctionVector) -> list[tuple[int, int]]:
         """The range as one graph where that can be, otherwise cut where communication begins and ends."""
@@ -182,7 +210,7 @@ class Device:
         """From now on (or not any more), what is not captured yet runs as it is: a capture would hold up a run."""
         if self.parts.graphs is not None:
             self.parts.graphs.sealed = sealed
-        self._ready.clear()
+        self.parts.steps.clear()
 
     def begin_capture(self) -> None:
         """What is issued from now on goes into one graph: no graphs inside it, and no waits for what was before."""
@@ -203,32 +231,19 @@ class Device:
         return lambda: self.parts.outputs.copy(batch.batch_id, flight.slot, batch.shape)
 
     def _issue_piece(
-        self,
-        flight: InFlight,
-        launch: Launch,
-        span: tuple[int, int],
-        waits: list[Ticket],
-        around: tuple[Body | None, Body | None],
-        round_id: int,
+        self, flight: InFlight, ready: Ready, waits: Sequence[Ticket], work: Body, round_id: int
     ) -> Ticket:
-        first, last = span
-        where = (first, last, launch.lane, launch.withheld_sms, launch.max_ctas, launch.fragment, launch.captured)
-        ready = flight.ready.get(where)
-        if ready is None or self._capturing:
-            ready = self._make_ready(flight.batch, launch, first, last)
-            if not self._capturing:
-                flight.ready[where] = ready
+        batch_id = flight.batch.batch_id
         if ready.notes:
-            self.order.note(ready.notes, launch.batch_id)
-        work = ready.work if around == _NOTHING_AROUND else _in_turn(around[0], ready.work, around[1])
+            self.order.note(ready.notes, batch_id)
         ticket = self._run(ready.key, ready.occupied, waits, work)
         flight.pieces.append(
-            Piece(ticket, ready.name, ready.key.lane, ready.is_communication, ready.opaque, launch.batch_id, first,
-                  round_id, last - first, self.parts.clock.now_us())
+            Piece(ticket, ready.name, ready.key.lane, ready.is_communication, ready.opaque, batch_id, ready.first,
+                  round_id, ready.last - ready.first, self.parts.clock.now_us())
         )  # fmt: skip
         return ticket
 
-    def _make_ready(self, batch: Batch, launch: Launch, first: int, last: int) -> Ready:
+    def _ready(self, batch: Batch, launch: Launch, first: int, last: int) -> Ready:
         vector = batch.vectors[self.stage]
         opaque = vector.run_end[first] < last
         comm = vector.kernels[first].is_communication and not opaque
@@ -244,7 +259,7 @@ class Device:
         else:
             calls = self._calls(batch, span, launch.fragment, launch.max_ctas, loose=not self._capturing)
         notes = tuple(self._notes(batch, first, last, launch.fragment)) if comm or opaque else ()
-        return Ready(_one(calls), key, occupied, comm, opaque, _name(vector, first, last), notes)
+        return Ready(_one(calls), key, occupied, comm, opaque, _name(vector, first, last), notes, first, last)
 
     # -- bodies -----------------------------------------------------------------------------------------------------
 
@@ -336,13 +351,13 @@ class Device:
         """Behind the tickets, and behind everything on the lanes that the work occupies."""
         tails = self._tails
         needed: list[Ticket] = []
-        for ticket in (*waits, *[tails[lane] for lane in occupied if lane in tails]):
-            if ticket.key != key and not ticket.done and not any(ticket is other for other in needed):
+        for ticket in (*waits, *[tails.get(lane) for lane in occupied]):
+            if ticket is not None and not ticket.done and ticket.key != key and ticket not in needed:
                 needed.append(ticket)
-        ticket = self.parts.lanes.run(key, needed, work)
+        new = self.parts.lanes.run(key, needed, work)
         for lane in occupied:
-            tails[lane] = ticket
-        return ticket
+            tails[lane] = new
+        return new
 
     # -- marks ------------------------------------------------------------------------------------------------------
 
@@ -380,9 +395,6 @@ def _layer_end(vector: FunctionVector, first: int) -> int:
     if 0 <= layer < vector.num_layers and place == 0:
         return first + len(vector.layer)
     return len(vector) + 1
-
-
-_NOTHING_AROUND = (None, None)
 
 
 def _one(calls: list[Body]) -> Body:

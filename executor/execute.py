@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -90,7 +90,7 @@ class Driver:
             for round_id, launch in launches[batch.batch_id]:
                 if launch.stage == self.device.stage:
                     # Waits for other batches are pointless here, and some name launches that are still to come.
-                    self.device.issue(replace(launch, waits=()), round_id)
+                    self.device.issue(launch._replace(waits=()), round_id)
                     self.device.synchronize(launch.mark)
             self.progress.at_round(batch.batch_id, False)
             self._complete()
@@ -223,11 +223,17 @@ class Driver:
             self.device.issue(launch, round_.round_id)
             self.host.launches += 1
         issued = time.perf_counter()
+        if round_.synchronize:  # the host would only wait
+            self.scheduler.foresee()
+            self.device.order.settle()
+            self.rounds.digest()
+        foreseen = time.perf_counter()
         for mark in round_.synchronize:
             if mark.stage == self.device.stage:
                 self._await(mark)
         self.host.issue_s += issued - started
-        self.host.synchronize_s += time.perf_counter() - issued
+        self.host.plan_s += foreseen - issued
+        self.host.synchronize_s += time.perf_counter() - foreseen
         self.progress.at_round(round_.round_id, False)
 
     def _await(self, mark: Mark) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from policy.round import Round
 
 DIGEST_BYTES = 8
-# Steps that are kept of a group, and operations that wait to be hashed.
-KEPT, HELD_BACK = 100_000, 20_000
+# Steps that are kept of a group, and operations (or rounds) that wait to be hashed: a millisecond of work.
+KEPT, HELD_BACK = 100_000, 200
 
 
 @dataclass(slots=True)
@@ -30,6 +30,11 @@ class OrderNote:
     operation: tuple[object, ...]
     num_elements: int
     dtype: object
+    text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Notes are made once and hashed at every launch.
+        object.__setattr__(self, "text", str((*self.operation, self.num_elements, self.dtype)))
 
 
 @dataclass(slots=True)
@@ -45,7 +50,8 @@ class OrderLog:
     _noted: list[tuple[tuple[OrderNote, ...], int]] = field(default_factory=list)
 
     def note(self, notes: tuple[OrderNote, ...], batch_id: int) -> None:
-        """Operations of one launch of a batch. They are hashed later: the main loop has other things to do."""
+        """Operations of one launch of a batch. They are hashed when the main loop has nothing else to do, or when there
+        are many."""
         self._noted.append((notes, batch_id))
         if len(self._noted) >= HELD_BACK:
             self.settle()
@@ -53,10 +59,11 @@ class OrderLog:
     def settle(self) -> dict[str, Chain]:
         """Hash what was noted; the chains of all groups."""
         for note, batch_id in ((note, batch_id) for notes, batch_id in self._noted for note in notes):
-            text = str((*note.operation, batch_id, note.num_elements, note.dtype))
             for group in note.groups:
-                chain = self.chains.setdefault(group, Chain())
-                step = f"{chain.last}/{chain.count}/{group}/{text}".encode()
+                chain = self.chains.get(group)
+                if chain is None:
+                    chain = self.chains[group] = Chain()
+                step = f"{chain.last}/{chain.count}/{group}/{batch_id}/{note.text}".encode()
                 chain.last = hashlib.blake2b(step, digest_size=DIGEST_BYTES).hexdigest()
                 chain.count += 1
                 if chain.count <= KEPT:
@@ -93,7 +100,7 @@ def _difference(group: str, one: tuple[int, Chain], two: tuple[int, Chain]) -> s
 
 
 class RoundsHash:
-    """A hash of a list of rounds, equal for equal lists. Rounds are hashed after the run, not in the main loop."""
+    """A hash of a list of rounds, equal for equal lists."""
 
     __slots__ = ("_hash", "_waiting")
 
@@ -102,7 +109,7 @@ class RoundsHash:
         self._waiting: list[Round] = []
 
     def add(self, round_: Round) -> None:
-        """The next round of the list."""
+        """The next round of the list; hashed when the main loop has nothing else to do, or when there are many."""
         self._waiting.append(round_)
         if len(self._waiting) >= HELD_BACK:
             self.digest()

@@ -1,14 +1,14 @@
 """Plans cached by key: one situation comes back at every layer, and deciding it again costs more than launching it.
 
-A key is what a plan depends on, relative to the layer that each batch is in. How far the end of a batch is matters only
-within `AHEAD_LAYERS`; a round that reached further than that is not kept. A cached round is the round that the policy
-would have made, to the last bit.
+A key is what a plan depends on, relative to the layer that each batch is in, but for how many layers each has left:
+that matters only where an end comes in sight, so every remembered plan says how many it needs. A cached round is the
+round that the policy would have made, to the last bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from models.kernel import FunctionVector
@@ -18,9 +18,8 @@ from policy.profile import Profile
 from policy.round import Launch, Mark, Round
 
 Plan = Callable[[State, Options, Profile], tuple[Round, State]]
-# Layers of a batch that a round may pass and still be kept, and what a plan looks at beyond what it places.
-AHEAD_LAYERS = 12
-MARGIN_LAYERS = 3
+# How many layers a plan looks at beyond those that it places something in.
+MARGIN_LAYERS = 2
 MAX_PLANS = 100_000
 
 # A mark as (place of its batch among the flights, kernel relative to that batch's base, part); a batch that is not in
@@ -30,7 +29,8 @@ RelativeMark = tuple[int, int, float]
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A round and the state behind it, relative to the bases. `flights`: (place before, cursor, a template)."""
+    """A round and the state behind it, relative to the bases. `flights`: (place before, cursor, a template). `left`:
+    layers that each batch had left. `needs`: with as many as this, and as many then, it had made no difference."""
 
     launches: tuple[tuple[int, Launch, tuple[RelativeMark, ...]], ...]
     synchronize: tuple[RelativeMark, ...]
@@ -38,6 +38,14 @@ class _Known:
     compute: Busy
     comm: Busy
     held: tuple[tuple[RelativeMark, ...], ...]
+    left: tuple[int, ...]
+    needs: tuple[int, ...]
+
+    def holds_for(self, left: tuple[int, ...]) -> bool:
+        """Whether the same plan would be made with so many layers left."""
+        return left == self.left or all(
+            now == then or now >= need <= then for now, then, need in zip(left, self.left, self.needs, strict=True)
+        )
 
 
 class PlanCache:
@@ -45,54 +53,57 @@ class PlanCache:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._known: dict[tuple[Any, ...], _Known] = {}
+        self._known: dict[tuple[Any, ...], list[_Known]] = {}
+        self._num_known = 0
         self.hits = self.misses = 0
 
     def __call__(self, state: State, options: Options, profile: Profile) -> tuple[Round, State]:
         """What the plan function says, asked or remembered."""
         frame = _Frame(state)
-        known = self._known.get(frame.key)
-        if known is not None:
-            self.hits += 1
-            return frame.rebuilt(known)
+        for known in self._known.get(frame.key, ()):
+            if known.holds_for(frame.left):
+                self.hits += 1
+                return frame.rebuilt(known)
         self.misses += 1
         answer = self._plan(state, options, profile)
-        if frame.may_keep(answer[1]):
-            if len(self._known) >= MAX_PLANS:
-                self._known.clear()
-            self._known[frame.key] = frame.relative(*answer)
+        if self._num_known >= MAX_PLANS:
+            self._known.clear()
+            self._num_known = 0
+        self._known.setdefault(frame.key, []).append(frame.relative(*answer))
+        self._num_known += 1
         return answer
 
 
 class _Frame:
-    """A state's batches by place, and the index that each one's kernels are counted from."""
+    """A state's batches by place, the index that each one's kernels are counted from, and the layers it has left."""
 
-    __slots__ = ("bases", "batches", "key", "numbers", "state", "strangers")
+    __slots__ = ("bases", "batches", "key", "left", "numbers", "state", "strangers")
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.batches: list[Batch] = [flight.batch for flight in state.flights]
         self.numbers = {batch.batch_id: place for place, batch in enumerate(self.batches)}
-        self.bases: list[int] = []
         self.strangers: list[int] = []
-        flights = []
-        for f in state.flights:
-            base, where = _where(f.vector, f.cursor)
-            self.bases.append(base)
-            flights.append(
-                (f.vector, where, f.cursor - base, f.issued, f.parts, f.axis, f.ready_us, f.lane, f.protected)
-            )
-        held = tuple(tuple(self.mark(mark) for mark in marks) for marks in state.held)
+        bases, left, flights = [], [], []
+        for batch, cursor, issued, parts, axis, ready_us, lane, protected in state.flights:
+            vector = batch.vectors[0]
+            base, where, layers = _where(vector, cursor)
+            bases.append(base)
+            left.append(layers)
+            flights.append((vector, where, cursor - base, issued, parts, axis, ready_us, lane, protected))
+        self.bases, self.left = bases, tuple(left)
+        held = tuple([tuple([self.mark(mark) for mark in marks]) for marks in state.held])
         self.key = (tuple(flights), state.compute, state.comm, held)
 
     def mark(self, mark: Mark) -> RelativeMark:
         """Relative to its batch's base."""
-        place = self.numbers.get(mark.batch_id)
+        batch_id, kernel, part, _ = mark
+        place = self.numbers.get(batch_id)
         if place is not None:
-            return place, mark.kernel - self.bases[place], mark.part
-        if mark.batch_id not in self.strangers:
-            self.strangers.append(mark.batch_id)
-        return -1 - self.strangers.index(mark.batch_id), mark.kernel, mark.part
+            return place, kernel - self.bases[place], part
+        if batch_id not in self.strangers:
+            self.strangers.append(batch_id)
+        return -1 - self.strangers.index(batch_id), kernel, part
 
     def absolute(self, mark: RelativeMark) -> Mark:
         """A mark of this frame's batches."""
@@ -101,23 +112,11 @@ class _Frame:
             return Mark(self.strangers[-1 - place], kernel, part)
         return Mark(self.batches[place].batch_id, kernel + self.bases[place], part)
 
-    def may_keep(self, after: State) -> bool:
-        """Whether no batch came so far in this round that the cut-off of its remaining layers could have mattered."""
-        left = {flight.batch.batch_id: flight for flight in after.flights}
-        for flight, base in zip(self.state.flights, self.bases, strict=True):
-            vector = flight.vector
-            if _layers_left(vector, base) <= AHEAD_LAYERS:
-                continue  # the key says exactly where its end is
-            behind = left.get(flight.batch.batch_id)
-            if behind is None or behind.cursor - base > (AHEAD_LAYERS - MARGIN_LAYERS) * len(vector.layer):
-                return False
-        return True
-
     def relative(self, round_: Round, after: State) -> _Known:
         """The answer in terms of places and bases."""
         launches = tuple(
-            (place, replace(launch, batch_id=-1, first=launch.first - self.bases[place],
-                            last=launch.last - self.bases[place], waits=()),
+            (place, launch._replace(batch_id=-1, first=launch.first - self.bases[place],
+                                    last=launch.last - self.bases[place], waits=()),
              tuple(self.mark(mark) for mark in launch.waits))
             for launch in round_.launches for place in (self.numbers[launch.batch_id],)
         )  # fmt: skip
@@ -127,36 +126,42 @@ class _Frame:
             flights.append((place, flight.cursor - self.bases[place], flight))
         held = tuple(tuple(self.mark(mark) for mark in marks) for marks in after.held)
         synchronize = tuple(self.mark(mark) for mark in round_.synchronize)
-        return _Known(launches, synchronize, tuple(flights), after.compute, after.comm, held)
+        return _Known(
+            launches, synchronize, tuple(flights), after.compute, after.comm, held, self.left, self._needs(after)
+        )
+
+    def _needs(self, after: State) -> tuple[int, ...]:
+        """How many layers each batch must have left for its end to be out of sight of this plan."""
+        behind = {flight.batch.batch_id: flight.cursor for flight in after.flights}
+        needs = []
+        for flight in self.state.flights:
+            vector = flight.vector
+            cursor = behind.get(flight.batch.batch_id, len(vector))
+            passed = vector.locate(cursor)[0] - vector.locate(flight.cursor)[0]
+            needs.append(passed + MARGIN_LAYERS if cursor < len(vector) else vector.num_layers + 1)
+        return tuple(needs)
 
     def rebuilt(self, known: _Known) -> tuple[Round, State]:
         """The answer for this frame's batches."""
+        batches, bases, absolute = self.batches, self.bases, self.absolute
         launches = []
-        for place, cut, marks in known.launches:
-            base, waits = self.bases[place], tuple(self.absolute(mark) for mark in marks)
-            launches.append(Launch(self.batches[place].batch_id, cut.first + base, cut.last + base, cut.lane, waits,
-                                   cut.fragment, cut.stage, cut.captured, cut.withheld_sms, cut.max_ctas))  # fmt: skip
+        for place, (_, first, last, lane, _, part, stage, captured, withheld, ctas), marks in known.launches:
+            base, waits = bases[place], tuple([absolute(mark) for mark in marks])
+            launches.append(Launch(batches[place].batch_id, first + base, last + base, lane, waits,
+                                   part, stage, captured, withheld, ctas))  # fmt: skip
         flights = []
-        for place, cursor, old in known.flights:
-            flights.append(Flight(self.batches[place], cursor + self.bases[place], old.issued, old.parts, old.axis,
-                                  old.ready_us, old.lane, self.state.flights[place].protected))  # fmt: skip
-        held = tuple(tuple(self.absolute(mark) for mark in marks) for marks in known.held)
-        synchronize = tuple(self.absolute(mark) for mark in known.synchronize)
+        for place, cursor, (_, _, issued, parts, axis, ready_us, lane_before, _) in known.flights:
+            flights.append(Flight(batches[place], cursor + bases[place], issued, parts, axis, ready_us, lane_before,
+                                  self.state.flights[place].protected))  # fmt: skip
+        held = tuple([tuple([absolute(mark) for mark in marks]) for marks in known.held])
+        synchronize = tuple([absolute(mark) for mark in known.synchronize])
         return Round(0, tuple(launches), synchronize), State(tuple(flights), known.compute, known.comm, held)
 
 
-def _where(vector: FunctionVector, cursor: int) -> tuple[int, tuple[int, int]]:
-    """The base of a batch, and what is known of the place: whether it is in the prologue (-1), the first layer (0) or
-    behind (1); and how many layers are left, as far as that matters."""
+def _where(vector: FunctionVector, cursor: int) -> tuple[int, int, int]:
+    """The base of a batch; whether it is in the prologue (-1), the first layer (0) or behind (1); and how many layers
+    are left, this one included."""
     layer, _ = vector.locate(cursor)
     if layer < 0:
-        return 0, (-1, min(vector.num_layers, AHEAD_LAYERS + 1))
-    layer = min(layer, vector.num_layers)
-    base = len(vector.prologue) + layer * len(vector.layer)
-    return base, (min(layer, 1), min(vector.num_layers - layer, AHEAD_LAYERS + 1))
-
-
-def _layers_left(vector: FunctionVector, base: int) -> int:
-    if not base or not vector.layer:
-        return vector.num_layers
-    return vector.num_layers - (base - len(vector.prologue)) // len(vector.layer)
+        return 0, -1, vector.num_layers
+    return len(vector.prologue) + layer * len(vector.layer), min(layer, 1), vector.num_layers - layer

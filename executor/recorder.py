@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,7 @@ from policy.batch import Batch
 from traces.timeline import Completion, Span
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One piece of work as it was issued: what it is, and its ticket. `opaque`: a graph with collectives inside."""
 
     ticket: Ticket

@@ -21,7 +21,7 @@ from executor.about import describe
 from executor.backing import Backing, make_backing
 from executor.checkpoint import load_checkpoint
 from executor.cuda import settle
-from executor.device import Device, Parts
+from executor.device import AllSteps, Device, Parts
 from executor.execute import Driver, Progress
 from executor.groups import Groups, Place, World
 from executor.inputs import Loader, Outputs
@@ -62,6 +62,7 @@ class Prepared:
     slots: tuple[Slot, ...]
     loader: Loader
     bound: dict[tuple[int, BatchShape], list[Operation]] = field(default_factory=dict)
+    steps: AllSteps = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ class Session:
         parts = Parts(
             prepared.weights, prepared.slots, groups, backing.lanes, prepared.loader,
             Outputs(self.place.device, run.keep_logits), Clock(), backing.graphs if run.options.capture else None,
-            prepared.bound,
+            prepared.bound, prepared.steps,
         )  # fmt: skip
         return Device(parts, poison=run.poison, split=run.record, copy_out=run.checksum and is_output)
 
@@ -300,14 +301,14 @@ class Session:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """What was made for a run stays: a collector that looks through it again and again only holds up launches. Entered
-    before time zero, for the last collection takes longer than many a batch."""
+    """A collector that looks through all that a run has made, again and again, only holds up launches, and the main
+    loop makes no cycles. Entered before time zero, for the last collection takes longer than many a batch."""
     gc.collect()
-    gc.freeze()
+    gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.enable()
 
 
 def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> list[Regime] | None:

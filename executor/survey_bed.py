@@ -65,7 +65,7 @@ class Bed:
         backing.lanes.timing = False
         parts = Parts(
             weights, slots, groups, backing.lanes, Loader(run.model, place.device, dtype, largest),
-            Outputs(place.device), Clock(), _graphs(place.device.type), {},
+            Outputs(place.device), Clock(), _graphs(place.device.type), {}, {},
         )  # fmt: skip
         settle(place.device)
         return cls(

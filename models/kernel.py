@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 SplitAxis = Literal["rows", "cols", "chunks"]
@@ -94,6 +94,9 @@ class Kernel:
 
         Raises ValueError if this kernel may not be cut along the axis, or the piece would be empty.
         """
+        return _fragment(self, part)
+
+    def _cut(self, part: Fragment) -> Kernel:
         if part.axis not in self.split_axes:
             raise ValueError(f"{self.name} may be split along {self.split_axes or 'nothing'}, not {part.axis}")
         if part.axis == "chunks":
@@ -114,6 +117,12 @@ class Kernel:
             return 1
         extents = {"rows": self.rows, "cols": self.cols, "chunks": self.message_bytes // self.element_bytes}
         return max(1, extents[axis])
+
+
+@lru_cache(maxsize=65536)
+def _fragment(kernel: Kernel, part: Fragment) -> Kernel:
+    """Policies ask for the same pieces again and again, and making a kernel is dear."""
+    return kernel._cut(part)
 
 
 def gemm(name: str, rows: int, cols: int, inner: int, element_bytes: int = 2) -> Kernel:
@@ -159,12 +168,21 @@ class FunctionVector:
             raise ValueError("a function vector needs at least one kernel")
 
     def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def _length(self) -> int:
         return len(self.prologue) + self.num_layers * len(self.layer) + len(self.epilogue)
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """Every kernel in launch order."""
         return self.prologue + self.layer * self.num_layers + self.epilogue
+
+    @cached_property
+    def communicates(self) -> tuple[bool | None, ...]:
+        """For every index, whether that kernel is communication; None behind the last."""
+        return (*(kernel.is_communication for kernel in self.kernels), None)
 
     @cached_property
     def run_end(self) -> tuple[int, ...]:

@@ -1,8 +1,13 @@
-"""Batches, the batches in flight, and the state that a plan is a function of."""
+"""Batches, the batches in flight, and the state that a plan is a function of.
+
+What is made anew at every launch is a named tuple, because frozen dataclasses cost the host several times as much to
+make, to change and to hash.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from models.kernel import FunctionVector, Kernel
 from models.transformer import BatchShape
@@ -35,8 +40,7 @@ class Batch:
         return Mark(self.batch_id, len(self.vectors[stage]), 0.0, stage)
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
+class Flight(NamedTuple):
     """A batch in flight and what has been issued of it on stage 0.
 
     `cursor` is the next kernel; `issued` of `parts` pieces of it have been issued already (0 of 1: none), cut along
@@ -65,8 +69,7 @@ class Flight:
         return Mark(self.batch.batch_id, self.cursor, self.issued / self.parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Busy:
+class Busy(NamedTuple):
     """What is believed to occupy a lane until `end_us`: a kernel of the flight at this index (-1: of none in
     flight)."""
 
@@ -75,8 +78,7 @@ class Busy:
     flight: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """What a plan is a function of: flights oldest first, and what the two lanes are believed to be busy with.
 
     Times are relative: only differences matter. `held` are the marks that earlier rounds left for the host to wait for.

@@ -6,7 +6,7 @@ layers) and to emit the rounds that are really issued.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from models.kernel import Fragment, Kernel, SplitAxis
 from policy.batch import Busy, Flight, State, on_grid
@@ -48,7 +48,7 @@ class Course:
         """What is left: unfinished flights, on a clock that starts when the first lane is free."""
         base = min(self.compute.end_us, self.comm.end_us)
         places = [i for i, f in enumerate(self.flights) if f.cursor < len(f.vector)]
-        alive = tuple(replace(f, ready_us=max(0.0, f.ready_us - base)) for f in (self.flights[i] for i in places))
+        alive = tuple(f._replace(ready_us=max(0.0, f.ready_us - base)) for f in (self.flights[i] for i in places))
 
         def rebased(busy: Busy) -> Busy:
             if busy.end_us <= base:
@@ -62,9 +62,7 @@ class Course:
     def wants_comm(self, index: int) -> bool | None:
         """Whether the flight's next kernel is communication; None if everything of it is issued."""
         flight = self.flights[index]
-        if flight.cursor >= len(flight.vector):
-            return None
-        return flight.vector.kernels[flight.cursor].is_communication
+        return flight.batch.vectors[0].communicates[flight.cursor]
 
     def run_end(self, flight: Flight) -> int:
         """The end of the run of kernels that are planned as one: a segment, or one kernel without switch points."""
@@ -85,8 +83,8 @@ class Course:
         end = flight.vector.run_end[flight.cursor]
         if end >= len(flight.vector):
             return NEVER
-        kernels = flight.vector.kernels[flight.cursor : end]
-        return max(flight.ready_us, self.comm.end_us) + self.profile.run_us(kernels, 0, self.regime.max_ctas)
+        alone_us, _ = self.profile.range_us(flight.vector, flight.cursor, end, 0, self.regime.max_ctas)
+        return max(flight.ready_us, self.comm.end_us) + alone_us
 
     def comm_wanted_us(self, index: int) -> float:
         """When the flight will next want the communication lane, its pending computation alone included."""
@@ -98,9 +96,9 @@ class Course:
         end = flight.vector.run_end[flight.cursor]
         if end >= len(flight.vector):
             return NEVER
-        return max(flight.ready_us, self.compute.end_us) + self.profile.run_us(
-            flight.vector.range(flight.cursor, end), self.regime.withheld_sms, self.regime.max_ctas
-        )
+        withheld, ctas = self.regime.withheld_sms, self.regime.max_ctas
+        alone_us, _ = self.profile.range_us(flight.vector, flight.cursor, end, withheld, ctas)
+        return max(flight.ready_us, self.compute.end_us) + alone_us
 
     # -- prices -----------------------------------------------------------------------------------------------------
 
@@ -140,8 +138,8 @@ class Course:
         slow = pair.compute if kernel.is_communication else pair.comm
         later = on_grid(other.end_us + (min(end_us, other.end_us) - start_us) * (1.0 - 1.0 / slow))
         if other.flight >= 0 and self.flights[other.flight].ready_us == other.end_us:
-            self.flights[other.flight] = replace(self.flights[other.flight], ready_us=later)
-        self._set_busy(not kernel.is_communication, replace(other, end_us=later))
+            self.flights[other.flight] = self.flights[other.flight]._replace(ready_us=later)
+        self._set_busy(not kernel.is_communication, other._replace(end_us=later))
 
     def _set_busy(self, comm: bool, busy: Busy) -> None:
         if comm:
@@ -154,23 +152,24 @@ class Course:
     def place(self, index: int, last: int, part: Fragment | None = None) -> None:
         """Put kernels [cursor, last) of a flight, or one piece of the kernel at its cursor, on their lane."""
         flight, ctas = self.flights[index], self.regime.max_ctas
-        kernels = flight.vector.kernels[flight.cursor : last]
-        if part is not None:
-            kernels = (kernels[0].fragment(part),)
-        comm = kernels[0].is_communication
+        batch, first = flight.batch, flight.cursor
+        vector = batch.vectors[0]
+        comm = vector.communicates[first] is True
         withheld = self.regime.withheld_sms if self.regime.overlap and not comm else 0
-        main = max(kernels, key=lambda k: self.profile.solo_us(k, withheld, ctas)) if len(kernels) > 1 else kernels[0]
+        if part is None:
+            alone_us, main = self.profile.range_us(vector, first, last, withheld, ctas)
+        else:
+            main = vector.kernels[first].fragment(part)
+            alone_us = self.profile.solo_us(main, withheld, ctas)
         start = self.start_us(index)
-        end = on_grid(self._stretched(start, self.profile.run_us(kernels, withheld, ctas), main))
+        end = on_grid(self._stretched(start, alone_us, main))
         self._delay_other(main, start, end)
         lane = Lane.COMM if comm else Lane.COMPUTE if index == 0 else Lane.FILL
         self._emit(index, last, part, lane, withheld)
-        whole = part is None or part.stop == part.of
-        self.flights[index] = replace(
-            flight, cursor=last if whole else flight.cursor, ready_us=end, lane=lane,
-            issued=0 if whole or part is None else part.stop,
-            parts=1 if whole or part is None else part.of, axis="" if whole or part is None else part.axis,
-        )  # fmt: skip
+        if part is None or part.stop == part.of:
+            self.flights[index] = Flight(batch, last, 0, 1, "", end, lane, flight.protected)
+        else:
+            self.flights[index] = Flight(batch, first, part.stop, part.of, part.axis, end, lane, flight.protected)
         self._set_busy(comm, Busy(end, main, index))
 
     def place_rest(self, index: int) -> None:
@@ -182,9 +181,9 @@ class Course:
     def settle_on_compute_lane(self) -> None:
         """After a range with its collectives was issued as one: both lanes are its own until it ends."""
         flight = self.flights[0]
-        self.flights[0] = replace(flight, lane=Lane.COMPUTE)
-        self.compute = replace(self.compute, end_us=max(self.compute.end_us, flight.ready_us))
-        self.comm = replace(self.comm, end_us=max(self.comm.end_us, flight.ready_us))
+        self.flights[0] = flight._replace(lane=Lane.COMPUTE)
+        self.compute = self.compute._replace(end_us=max(self.compute.end_us, flight.ready_us))
+        self.comm = self.comm._replace(end_us=max(self.comm.end_us, flight.ready_us))
 
     def _emit(self, index: int, last: int, part: Fragment | None, lane: Lane, withheld: int) -> None:
         flight = self.flights[index]

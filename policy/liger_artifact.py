@@ -9,8 +9,6 @@ invalid numbers and deadlocks.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from models.kernel import Fragment, Kernel, Kind
 from policy.batch import Flight, State
 from policy.options import Options
@@ -29,7 +27,7 @@ def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State
     launches, window, wake = _primary_segment(primary, profile)
     communicating = primary.vector.kernels[launches[0].first].is_communication
     gate = primary.mark if primary.cursor or primary.issued else None
-    flights[0] = replace(primary, cursor=launches[-1].last, issued=0, parts=1, axis="", lane=Lane.COMPUTE)
+    flights[0] = primary._replace(cursor=launches[-1].last, issued=0, parts=1, axis="", lane=Lane.COMPUTE)
     window *= CONTENTION_FACTOR
     for index in range(1, len(flights)):
         flights[index], window, fills = _fill(flights[index], window, communicating, gate, profile)
@@ -93,9 +91,9 @@ def _fill(
         fills.append(launch)
         window -= cost
         if part is None or part.stop == part.of:
-            flight = replace(flight, cursor=flight.cursor + 1, issued=0, parts=1, axis="", lane=Lane.FILL)
+            flight = flight._replace(cursor=flight.cursor + 1, issued=0, parts=1, axis="", lane=Lane.FILL)
         else:
-            flight = replace(flight, issued=part.stop, parts=part.of, axis=part.axis, lane=Lane.FILL)
+            flight = flight._replace(issued=part.stop, parts=part.of, axis=part.axis, lane=Lane.FILL)
     return flight, window, fills
 
 

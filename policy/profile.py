@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from models.kernel import Fragment, Kernel
+from models.kernel import Fragment, FunctionVector, Kernel, SplitAxis
 from policy.batch import on_grid
 from policy.round import Lane, Launch
 
@@ -62,6 +62,34 @@ class Profile:
     def run_us(self, kernels: tuple[Kernel, ...], withheld_sms: int = 0, max_ctas: int = 0) -> float:
         """Kernels one after the other, alone."""
         return sum(self.solo_us(k, withheld_sms, max_ctas) for k in kernels)
+
+    def range_us(
+        self, vector: FunctionVector, first: int, last: int, withheld_sms: int, max_ctas: int
+    ) -> tuple[float, Kernel]:
+        """Kernels [first, last) of a vector one after the other, alone; and the longest of them, which stands for all
+        where they share the device."""
+        key = (vector, first, last, withheld_sms, max_ctas)
+        known: tuple[float, Kernel] | None = self.memo.get(key)
+        if known is None:
+            kernels = vector.kernels[first:last]
+            longest = max(kernels, key=lambda kernel: self.solo_us(kernel, withheld_sms, max_ctas))
+            known = self.memo[key] = self.run_us(kernels, withheld_sms, max_ctas), longest
+        return known
+
+    def cuts(
+        self, kernel: Kernel, axis: SplitAxis, parts: int, withheld_sms: int
+    ) -> tuple[tuple[Fragment, float, float], ...]:
+        """Every first piece of a kernel that is cut into so many parts, the largest first; how long it takes alone, and
+        how long the rest does."""
+        key = (kernel, axis, parts, withheld_sms)
+        known: tuple[tuple[Fragment, float, float], ...] | None = self.memo.get(key)
+        if known is None:
+            both = ((Fragment(axis, 0, at, parts), Fragment(axis, at, parts, parts)) for at in range(parts - 1, 0, -1))
+            known = self.memo[key] = tuple(
+                (piece, self.part_us(kernel, piece, withheld_sms), self.part_us(kernel, rest, withheld_sms))
+                for piece, rest in both
+            )
+        return known
 
     def part_us(self, kernel: Kernel, part: Fragment, withheld_sms: int = 0, max_ctas: int = 0) -> float:
         """One piece of a kernel, alone."""

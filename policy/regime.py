@@ -118,7 +118,7 @@ def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, 
         last = max(0.0, max(course.compute.end_us, course.comm.end_us) - max(device_us, host_us))
         state = course.state(())
         free = options.depth - len(state.flights)
-        state, queue = replace(state, flights=(*state.flights, *queue[:free])), queue[free:]
+        state, queue = state._replace(flights=(*state.flights, *queue[:free])), queue[free:]
     return Rollout(elapsed + last, oldest_us)
 
 

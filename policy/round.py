@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -15,6 +14,9 @@ class Lane(StrEnum):
     COMPUTE = "compute"
     FILL = "fill"
     COMM = "comm"
+
+    # A lane is part of every key; an Enum hashes its name in Python.
+    __hash__ = str.__hash__
 
 
 class Mark(NamedTuple):
@@ -30,8 +32,7 @@ class Mark(NamedTuple):
     stage: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """Kernels [first, last) of a batch, issued in order on one lane; or one fragment of one kernel.
 
     Every launch records its mark when it ends, and waits for `waits` before it starts. `captured`: the driver may
@@ -65,8 +66,7 @@ class Launch:
         return Mark(self.batch_id, self.first, part.start / part.of if part else 0.0, self.stage)
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """Launches in the order in which every rank's host issues them, and the marks that the host then waits for.
 
     Each rank issues the launches of its own stage and waits for the marks of its own stage.

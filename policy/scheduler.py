@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from models.kernel import FunctionVector
 from models.transformer import BatchShape
@@ -67,6 +67,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._slot_ends: dict[int, tuple[Mark, ...]] = {}
         self._last_slot = -1
+        self._foreseen: tuple[State, tuple[Round, State]] | None = None
 
     @property
     def num_slots(self) -> int:
@@ -119,7 +120,7 @@ class Scheduler:
         batch = Batch(self.num_batches, requests, shape, self.vectors_of(shape), arrival, self._free_slot(),
                       arrival + self.options.slo_us)  # fmt: skip
         self.num_batches += 1
-        self.state = replace(self.state, flights=(*self.state.flights, Flight(batch)))
+        self.state = self.state._replace(flights=(*self.state.flights, Flight(batch)))
         return batch
 
     def _free_slot(self) -> int:
@@ -138,7 +139,11 @@ class Scheduler:
         if not self.state.flights:
             return None
         state = self._with_slack(now_us)
-        round_, after = self.plan(state, self.options, self.profile)
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen[0] is state:
+            round_, after = foreseen[1]
+        else:
+            round_, after = self.plan(state, self.options, self.profile)
         launches = tuple(self._behind_slot(launch, state) for launch in round_.launches)
         for flight in state.flights:
             batch = flight.batch
@@ -147,6 +152,11 @@ class Scheduler:
         self.state = after
         self.num_rounds += 1
         return Round(self.num_rounds - 1, launches, round_.synchronize)
+
+    def foresee(self) -> None:
+        """Plan what comes if nobody enters, while there is time: `next_round` will not have to. Changes no round."""
+        if self.state.flights and self.options.slo_us == float("inf"):  # a deadline makes the plan depend on the time
+            self._foreseen = self.state, self.plan(self.state, self.options, self.profile)
 
     def note_issued(self, batch: Batch) -> None:
         """All of a batch is issued: whoever gets its buffers next waits for its end."""
@@ -168,7 +178,7 @@ class Scheduler:
             return launch
         slot = next(f.batch.slot for f in state.flights if f.batch.batch_id == launch.batch_id)
         ends = self._slot_ends.get(slot)
-        return replace(launch, waits=(*launch.waits, ends[launch.stage])) if ends else launch
+        return launch._replace(waits=(*launch.waits, ends[launch.stage])) if ends else launch
 
     def _with_slack(self, now_us: float) -> State:
         """Mark the flights whose deadlines hold if nothing delays them, and may not if something does.
@@ -181,5 +191,5 @@ class Scheduler:
         for flight in self.state.flights:
             alone_us = self.profile.run_us(flight.vector.kernels[flight.cursor :])
             left_us = flight.batch.deadline_us - now_us
-            flights.append(replace(flight, protected=alone_us <= left_us < alone_us * SHARED))
-        return replace(self.state, flights=tuple(flights))
+            flights.append(flight._replace(protected=alone_us <= left_us < alone_us * SHARED))
+        return self.state._replace(flights=tuple(flights))

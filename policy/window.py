@@ -19,16 +19,27 @@ def issue_alone(course: Course) -> None:
     parallelism."""
     flight = course.flights[0]
     vector = flight.vector
-    goal = flight.cursor + SOLO_LAYERS * max(1, len(vector.layer))
+    begun = _rest_of_layer(flight)
+    goal = flight.cursor + begun + (SOLO_LAYERS - (begun > 0)) * max(1, len(vector.layer))
     if len(vector) - goal <= len(vector.layer) + len(vector.epilogue):
         goal = len(vector)  # a short rest would be over before the host had issued what comes behind it
     if flight.issued:
         course.place_rest(0)
+    # Drivers keep graphs of ranges that begin where a layer does; what others left of one goes piece by piece.
+    while course.flights[0].cursor < flight.cursor + begun:
+        course.place(0, course.run_end(course.flights[0]))
     first = len(course.launches)
     while course.flights[0].cursor < goal:
         course.place(0, course.run_end(course.flights[0]))
     if course.options.capture and len(course.launches) > first + 1:
         _merge(course, first)
+
+
+def _rest_of_layer(flight: Flight) -> int:
+    """How many kernels are left of a layer that others were in the middle of."""
+    vector = flight.vector
+    layer, place = vector.locate(flight.cursor)
+    return len(vector.layer) - place if 0 <= layer < vector.num_layers and place else 0
 
 
 def _merge(course: Course, first: int) -> None:
@@ -101,10 +112,10 @@ def _place_comm(course: Course, index: int) -> bool:
     if not course.options.duration_matching:
         gap = NEVER
     if not flight.issued:
-        run = flight.vector.range(flight.cursor, course.run_end(flight))
-        for count in sorted({len(run), 1}, reverse=True):
-            if _comm_fits(course, course.profile.run_us(run[:count], 0, course.regime.max_ctas), gap):
-                course.place(index, flight.cursor + count)
+        vector, first = flight.vector, flight.cursor
+        for last in sorted({course.run_end(flight), first + 1}, reverse=True):
+            if _comm_fits(course, course.profile.range_us(vector, first, last, 0, course.regime.max_ctas)[0], gap):
+                course.place(index, last)
                 return True
         if chunks == 1 or kernel.max_parts("chunks") < chunks:
             return False
@@ -194,11 +205,10 @@ def _largest_piece(course: Course, kernel: Kernel, gap_us: float) -> Fragment | 
         if options.decomposition not in ("auto", axis):
             continue
         parts = min(options.max_parts, kernel.max_parts(axis))
-        for stop in range(parts - 1, 0, -1):
-            piece = Fragment(axis, 0, stop, parts)
-            if course.profile.part_us(kernel, piece, withheld) * slow > gap_us:
+        for piece, piece_us, rest_us in course.profile.cuts(kernel, axis, parts, withheld):
+            if piece_us * slow > gap_us:
                 continue
-            saved = whole - course.profile.part_us(kernel, Fragment(axis, stop, parts, parts), withheld)
+            saved = whole - rest_us
             if saved > course.profile.launch_us and (best is None or saved > best[0]):
                 best = (saved, piece)
             break

@@ -379,14 +379,14 @@ class Recall:
             number = numbers[flight.batch.batch_id]
             before = None if flight.cursor or flight.issued else self.scheduler.occupant_before(flight.batch.slot)
             behind = _NO_BATCH if before is None else numbers.get(before, _GONE)
-            template = replace(flight, batch=_NOBODY, cursor=0)
+            template = flight._replace(batch=_NOBODY, cursor=0)
             flights.append(FrozenFlight(number, flight.cursor - self.bases[number], template, behind))
         held = tuple(tuple(mark(m) for m in marks) for marks in state.held)
         return FrozenState(tuple(flights), state.compute, state.comm, held, device)
 
     def _thawed_state(self, frozen: FrozenState) -> State:
         flights = tuple(
-            replace(f.template, batch=self.batches[f.batch], cursor=f.cursor + self.bases[f.batch])
+            f.template._replace(batch=self.batches[f.batch], cursor=f.cursor + self.bases[f.batch])
             for f in frozen.flights
         )
         held = tuple(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +23,7 @@ def misorder() -> None:
             if launches[one].batch_id != launches[two].batch_id and two == one + 1:
                 launches[one], launches[two] = launches[two], launches[one]
                 break
-        honest(self, replace(round_, launches=tuple(launches)))
+        honest(self, round_._replace(launches=tuple(launches)))
 
     Driver._issue = issue  # type: ignore[method-assign]
 

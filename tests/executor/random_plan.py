@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import replace
 
 from models.kernel import Fragment
 from policy.batch import Flight, State
@@ -42,8 +41,8 @@ def _launch(flight: Flight, rng: random.Random) -> tuple[Flight, Launch]:
         last = rng.randint(last, flight.vector.run_end[flight.cursor])
     launch = Launch(flight.batch.batch_id, flight.cursor, last, lane, waits, part, captured=rng.random() < 0.5)
     if part is None or part.stop == part.of:
-        return replace(flight, cursor=last, issued=0, parts=1, axis="", lane=lane), launch
-    return replace(flight, issued=part.stop, parts=part.of, axis=part.axis, lane=lane), launch
+        return flight._replace(cursor=last, issued=0, parts=1, axis="", lane=lane), launch
+    return flight._replace(issued=part.stop, parts=part.of, axis=part.axis, lane=lane), launch
 
 
 def _part(flight: Flight, rng: random.Random) -> Fragment | None:

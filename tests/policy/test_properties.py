@@ -212,7 +212,7 @@ def protect_all(world: World) -> None:
 
     def with_slack(now_us: float) -> State:
         state = world.scheduler.state
-        return replace(state, flights=tuple(replace(flight, protected=True) for flight in state.flights))
+        return state._replace(flights=tuple(flight._replace(protected=True) for flight in state.flights))
 
     world.scheduler._with_slack = with_slack  # type: ignore[method-assign]
 
