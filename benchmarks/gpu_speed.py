@@ -125,8 +125,8 @@ def _served(output: Output) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Highest first: what it makes of the plan cache serves the others.
-RATES = (90.0, 15.0, 30.0, 40.0, 50.0, 60.0, 75.0)
+# Requests, and rates of two ranks and of more; the highest first: what it makes of the plan cache serves the others.
+FEW, MANY = (75, (90.0, 15.0, 30.0, 40.0, 50.0, 60.0, 75.0)), (100, (240.0, 30.0, 60.0, 90.0, 120.0, 160.0, 200.0))
 
 
 def plane(suite: Suite) -> None:
@@ -135,8 +135,9 @@ def plane(suite: Suite) -> None:
     layouts = {"tensor": suite.tp, "interleaved": suite.tp, "pipeline": Layout(1, suite.ranks)}
     if suite.ranks > 2:  # two ranks are either a stage each or one stage together
         layouts["hybrid"] = Layout(suite.ranks // 2, 2)
+    count, rates = MANY if suite.ranks > 2 else FEW
     for policy, layout in layouts.items():
-        _serve(suite, policy, layout, model, [suite.arrivals(75, rate) for rate in RATES], RATES)
+        _serve(suite, policy, layout, model, [suite.arrivals(count, rate) for rate in rates], rates)
 
 
 LEVERS: dict[str, dict[str, Any]] = {

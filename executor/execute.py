@@ -223,11 +223,12 @@ class Driver:
             self.device.issue(launch, round_.round_id)
             self.host.launches += 1
         issued = time.perf_counter()
-        if round_.synchronize:  # the host would only wait
+        if round_.synchronize:  # what follows costs nothing while the host would only wait
             self.scheduler.foresee()
+        foreseen = time.perf_counter()
+        if round_.synchronize:
             self.device.order.settle()
             self.rounds.digest()
-        foreseen = time.perf_counter()
         for mark in round_.synchronize:
             if mark.stage == self.device.stage:
                 self._await(mark)
