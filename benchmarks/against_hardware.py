@@ -32,11 +32,17 @@ from traces.request import Request
 from weft.runs import options_for
 
 DATA = Path(__file__).parent / "data"
-SERVED = ("h200-x4-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/serving.jsonl", "h200-x2-2026-11-21/deep.jsonl")
+SERVED = ("h200-x4-2026-11-22/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl", "h200-x2-2026-11-21/serving.jsonl",
+          "h200-x2-2026-11-21/deep.jsonl")  # fmt: skip
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
 OF_TWO = {"as-is": "h200-nvlink-x2-fitted", "host-staged": "h200-hoststaged-x2-fitted"}
-# Requests as they come, one by one; which of them were answered when they were through.
-PLANES = {"plane-prompt.jsonl": ("tensor",), "plane.jsonl": ("pipeline", "interleaved")}
+# Requests as they come, one by one: a file and its policies; of two GPUs, only tensor parallelism's were answered when
+# they were through.
+PLANES = {
+    "h200-x4-2026-11-22/plane.jsonl": ("tensor", "pipeline", "hybrid", "interleaved"),
+    "h200-x2-2026-11-21/plane-prompt.jsonl": ("tensor",),
+    "h200-x2-2026-11-21/plane.jsonl": ("pipeline", "interleaved"),
+}
 TP4 = Layout(4, 1)
 KEYS = ("request_throughput", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms")
 # The repaired artifact's capacity on this kind of node, batches of two of 16 to 115 tokens, 131 of them, and its own
@@ -78,24 +84,28 @@ def measured() -> Iterator[dict[str, Any]]:
 
 
 def plane() -> Iterator[dict[str, Any]]:
-    """The rows of the plane on two GPUs."""
+    """The rows of the planes."""
     for name, policies in PLANES.items():
-        for line in (DATA / "h200-x2-2026-11-21" / name).read_text().splitlines():
+        for line in (DATA / name).read_text().splitlines():
             if (row := json.loads(line)).get("policy") in policies:
                 yield row
 
 
-def of_two() -> None:
-    """What was measured on two GPUs, beside the nodes that were fitted to two."""
-    nodes = {mode: load_node(name) for mode, name in OF_TWO.items()}
+def of_their_own(nodes_of_four: dict[str, NodeSpec]) -> None:
+    """What was measured on two GPUs beside the nodes that were fitted to two, and all planes."""
+    nodes = {2: {mode: load_node(name) for mode, name in OF_TWO.items()}, 4: nodes_of_four}
     head = "| mean ms | P50 | P90 | P99 |\n|---|---|---|---|---|---|---|"
     print(f"\n| link, model × layers, policy | offered | batches/s {head}")
     for row in measured():
-        if row["layout"][0] == 2:
-            _print_beside(row, nodes[row["mode"]])
-    print(f"\n| link, model × layers, policy | offered | requests/s {head}")
+        if _num_ranks(row) == 2:
+            _print_beside(row, nodes[2][row["mode"]])
+    print(f"\n| GPUs, link, model × layers, policy | offered | requests/s {head}")
     for row in plane():
-        _print_beside(row, nodes[row["mode"]], together=1)
+        _print_beside(row, nodes[_num_ranks(row)][row["mode"]], f"{_num_ranks(row)}, ", together=1)
+
+
+def _num_ranks(row: dict[str, Any]) -> int:
+    return Layout(*row["layout"]).num_ranks
 
 
 def _print_beside(row: dict[str, Any], node: NodeSpec, before: str = "", together: int = 2) -> None:
@@ -118,7 +128,7 @@ def main() -> None:
     print("| GPUs, link, model × layers, policy | offered | batches/s | mean ms | P50 | P90 | P99 |")
     print("|---|---|---|---|---|---|---|")
     for row in measured():
-        _print_beside(row, nodes[row["mode"]], f"{row['layout'][0]}, ")
+        _print_beside(row, nodes[row["mode"]], f"{_num_ranks(row)}, ")
     print("\n| link, model × layers | choice | batches/s |\n|---|---|---|")
     for line in (DATA / "h200-x4-2026-11-21" / "levers.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -138,7 +148,7 @@ def main() -> None:
             found = served(node, model, layers, policy, requests, 1)["request_throughput"]
             cells.append(_beside(2.0 * known, found, 2.0))
         print(f"| {mode}, {model} × {layers} | {' | '.join(cells)} |")
-    of_two()
+    of_their_own(nodes)
 
 
 def _beside(known: float, found: float, scale: float) -> str:
