@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parent / "data" / "h200-x2-2026-11-21"
+DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-22"
 LOOKS = {"tensor": ("o", "#12355b"), "interleaved": ("^", "#c1440e"), "pipeline": ("s", "#7aa5c4"),
          "hybrid": ("D", "#e0a458")}  # fmt: skip
 
@@ -29,7 +29,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
                 served = [row["request_throughput"] for row in some]
                 axes.plot(served, [row[key] for row in some], marker=marker, color=colour, label=policy, markersize=5)
         axes.set(title=f"{name} latency", xlabel="requests served per second", yscale="log")
-        axes.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
+        axes.set_yticks([25, 50, 100, 200, 400], ["25", "50", "100", "200", "400"])
         axes.minorticks_off()
         axes.grid(color="#e3e3e3")
     figure.axes[0].set_ylabel("ms")
@@ -49,8 +49,9 @@ def main() -> None:
         some = [row for row in rows if row["mode"] == mode]
         first = next(row for row in some if "policy" in row)
         gpus = first["layout"][0] * first["layout"][1]
-        draw(some, f"measured: {first['model']}, {gpus} x H200, {mode}", args.out / f"plane-{mode}.png")
-        print(f"wrote {args.out / f'plane-{mode}.png'}")
+        path = args.out / f"plane-x{gpus}-{mode}.png"
+        draw(some, f"measured: {first['model']}, {gpus} x H200, {mode}", path)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

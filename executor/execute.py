@@ -223,27 +223,31 @@ class Driver:
             self.device.issue(launch, round_.round_id)
             self.host.launches += 1
         issued = time.perf_counter()
-        if round_.synchronize:  # what follows costs nothing while the host would only wait
+        marks = [mark for mark in round_.synchronize if mark.stage == self.device.stage]
+        would_wait = not all(map(self._is_reached, marks))  # so that what follows costs nothing
+        if would_wait:
             self.scheduler.foresee()
         foreseen = time.perf_counter()
-        if round_.synchronize:
+        if would_wait:
             self.device.order.settle()
             self.rounds.digest()
-        for mark in round_.synchronize:
-            if mark.stage == self.device.stage:
-                self._await(mark)
+        for mark in marks:
+            self._await(mark)
         self.host.issue_s += issued - started
         self.host.plan_s += foreseen - issued
         self.host.synchronize_s += time.perf_counter() - foreseen
         self.progress.at_round(round_.round_id, False)
+
+    def _is_reached(self, mark: Mark) -> bool:
+        ticket = self.device.ticket(mark)
+        return ticket is None or self.device.parts.lanes.is_done(ticket)
 
     def _await(self, mark: Mark) -> None:
         """Wait for a mark. A batch that is through before is answered then, and not when the mark is reached: in a
         sequence of batches that would be half a batch later."""
         device, lanes = self.device, self.device.parts.lanes
         while any(flight.is_issued for flight in device.flights.values()):
-            ticket = device.ticket(mark)
-            if ticket is None or lanes.is_done(ticket):
+            if self._is_reached(mark):
                 break
             self._complete()
             if not lanes.spin:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from policy.round import Round
 
 DIGEST_BYTES = 8
-# Steps that are kept of a group, and operations (or rounds) that wait to be hashed: a millisecond of work.
-KEPT, HELD_BACK = 100_000, 200
+# Steps that are kept of a group, and operations (or rounds) that wait to be hashed.
+KEPT, HELD_BACK = 100_000, 20_000
 
 
 @dataclass(slots=True)
