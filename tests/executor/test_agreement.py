@@ -125,3 +125,45 @@ def test_plans_are_really_remembered() -> None:
         scheduler.plan = cache
         _random_log(scheduler, run, lambda: True)
     assert cache.hits > 4 * cache.misses
+
+
+def test_plans_come_back_near_the_end_of_batches() -> None:
+    """What a plan is remembered for is how many layers it needs, not how many there were: two batches side by side run
+    through their last ten layers on plans of the layers before."""
+    run = run_of(
+        "interleaved", TP2, model=replace(MODELS["tiny-opt"], num_layers=40), requests=requests(2),
+        options=Options(batch_size=1, pad_to=128, adaptive=False),
+    )  # fmt: skip
+    scheduler = fresh_scheduler(run, None)
+    cache = scheduler.plan = PlanCache(POLICIES["interleaved"])
+    missed_at = list[int]()
+    for request in run.requests:
+        scheduler.add(request)
+    scheduler.enter(scheduler.admit(0.0, last=True), 0.0)
+    while scheduler.state.flights:
+        before, flight = cache.misses, scheduler.state.flights[0]
+        scheduler.next_round()
+        if cache.misses > before:
+            missed_at.append(flight.vector.locate(flight.cursor)[0])
+    assert cache.hits > cache.misses
+    assert not [layer for layer in missed_at if 28 <= layer <= 36]
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(st.randoms(use_true_random=False), st.sampled_from(["interleaved", "liger-artifact", "tensor"]))
+def test_planning_ahead_changes_no_round(rng: object, policy: str) -> None:
+    """A host that foresees rounds, whenever it likes, plans what it would have planned, whoever enters meanwhile."""
+    run = run_of(policy, TP2, options=Options(pad_to=8), requests=requests(14))
+    scheduler = fresh_scheduler(run, None)
+    rounds, log = _random_log(scheduler, run, lambda: rng.random() < 0.2)  # type: ignore[attr-defined]
+    ahead = fresh_scheduler(run, None)
+    plain = ahead.next_round
+
+    def next_round(now_us: float = 0.0) -> Round | None:
+        round_ = plain(now_us)
+        if rng.random() < 0.7:  # type: ignore[attr-defined]
+            ahead.foresee()
+        return round_
+
+    ahead.next_round = next_round  # type: ignore[method-assign]
+    assert list(planned(ahead, run.requests, log)) == rounds

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from models.kernel import FunctionVector, Kernel
-from models.transformer import Layout
-from policy.batch import State
+from models.transformer import BatchShape, Layout
+from policy import interleaved
+from policy.batch import Batch, Flight, State
 from policy.options import Options
 from policy.profile import Profile
-from policy.round import Mark, Round
+from policy.round import Lane, Mark, Round
 from sim.simulate import Fidelity
 from tests.worlds import World, alone, comm, compute, ideal_node, simple_profile, splittable
 from traces.timeline import Timeline
@@ -261,3 +262,21 @@ def test_what_does_not_fit_the_window_of_a_batch_without_slack_is_cut() -> None:
     world.run([0.0, 0.0])
     parts = [launch.fragment for round_ in world.rounds for launch in round_.launches if launch.fragment]
     assert any(part.axis in ("rows", "cols") for part in parts)
+
+
+@pytest.mark.parametrize("cursor", [1, 2, 3, 4, 6, 7])
+def test_a_batch_that_is_left_alone_in_a_layer_goes_on_in_whole_layers(cursor: int) -> None:
+    """Drivers have graphs of ranges that begin with a layer; the rest of a layer is launched run by run."""
+    vector = FunctionVector((), (compute(20.0), comm(10.0), compute(30.0), comm(10.0)), 12)
+    batch = Batch(0, (), BatchShape(1, 16), (vector,), 0.0)
+    state = State((Flight(batch, cursor, lane=Lane.COMPUTE),))
+    rounds = []
+    while state.flights:
+        round_, state = interleaved.plan(state, Options(), simple_profile(node))
+        rounds.append(round_.launches)
+    launches = [launch for round_ in rounds for launch in round_]
+    whole = [launch for launch in launches if launch.last - launch.first > 1]
+    assert all(launch.first % 4 == 0 for launch in whole)
+    assert launches[0].first == cursor and all(a.last == b.first for a, b in pairwise(launches))
+    # What waits to be admitted waits no longer than two layers take, at the end three.
+    assert all(len(round_) <= 4 and sum(launch.last - launch.first for launch in round_) <= 12 for round_ in rounds)
