@@ -23,9 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from executor.device import Body, Device
+from executor.garbage import no_collections
 from executor.lanes import Clock, StreamKey, Ticket, Work
 from executor.operations import Collective
 from executor.plan_cache import PlanCache
+from executor.results import HostTime
 from models.config import MODELS
 from models.kernel import Fragment
 from models.transformer import Layout, Vectors
@@ -129,37 +131,26 @@ def device_of(vectors: Vectors, num_slots: int) -> Device:
     return Device(parts)  # type: ignore[arg-type]
 
 
-@dataclass(slots=True)
-class Spent:
-    """Seconds of one run, and what it was."""
-
-    plan_s: float = 0.0
-    issue_s: float = 0.0
-    rounds: int = 0
-    launches: int = 0
-
-
-def serve(scheduler: Scheduler, device: Device, lengths: Sequence[int]) -> Spent:
+def serve(scheduler: Scheduler, device: Device, lengths: Sequence[int]) -> HostTime:
     """Single requests of these lengths, as many in flight as may be."""
-    spent, waiting = Spent(), [Request(number, 0.0, length) for number, length in enumerate(lengths)]
+    spent, waiting = HostTime(), [Request(number, 0.0, length) for number, length in enumerate(lengths)]
     waiting.reverse()
     gc.collect()
-    gc.disable()
-    while waiting or scheduler.state.flights:
-        while waiting and scheduler.has_room(len(scheduler.state.flights)):
-            for batch in scheduler.enter(((waiting.pop(),),), 0.0):
-                device.enter(batch, 0.0, lambda slot: None)
-        begun = time.perf_counter()
-        round_ = scheduler.next_round()
-        assert round_ is not None
-        planned = time.perf_counter()
-        for launch in round_.launches:
-            device.issue(launch, round_.round_id)
-        issued = time.perf_counter()
-        device.take_finished()
-        spent.plan_s, spent.issue_s = spent.plan_s + planned - begun, spent.issue_s + issued - planned
-        spent.rounds, spent.launches = spent.rounds + 1, spent.launches + len(round_.launches)
-    gc.enable()
+    with no_collections():  # as in runs
+        while waiting or scheduler.state.flights:
+            while waiting and scheduler.has_room(len(scheduler.state.flights)):
+                for batch in scheduler.enter(((waiting.pop(),),), 0.0):
+                    device.enter(batch, 0.0, lambda slot: None)
+            begun = time.perf_counter()
+            round_ = scheduler.next_round()
+            assert round_ is not None
+            planned = time.perf_counter()
+            for launch in round_.launches:
+                device.issue(launch, round_.round_id)
+            issued = time.perf_counter()
+            device.take_finished()
+            spent.plan_s, spent.issue_s = spent.plan_s + planned - begun, spent.issue_s + issued - planned
+            spent.rounds, spent.launches = spent.rounds + 1, spent.launches + len(round_.launches)
     return spent
 
 

@@ -100,8 +100,8 @@ class Driver:
 
     def _expects_note(self) -> bool:
         """Whether rank 0 has something to say before the next round: the same answer on every rank."""
-        if self.run.options.slo_us != float("inf"):
-            return True  # a deadline makes the plan depend on the time
+        if self.run.options.has_deadline:
+            return True
         return not self._closed and self.scheduler.has_room(len(self.scheduler.state.flights))
 
     def _lead(self) -> Iterator[Note]:
@@ -186,7 +186,7 @@ class Driver:
     def _take_in(self, note: Note) -> tuple[Batch, ...]:
         """Batches enter the scheduler. With deadlines the log keeps every round, for the time is part of the plan."""
         self._closed = note.closed or self._closed
-        if note.batches or self.run.options.slo_us != float("inf"):
+        if note.batches or self.run.options.has_deadline:
             self.log.append(Admission(self.scheduler.num_rounds, note.now_us, note.batches))
         requests = tuple(tuple(self._by_id[number] for number in ids) for ids in note.batches)
         return self.scheduler.enter(requests, note.now_us)

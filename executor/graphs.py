@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from executor.cuda import new_event
 from executor.device import Device
+from executor.garbage import no_collections
 from executor.lanes import StreamKey
 from executor.lanes_cuda import CudaLanes
 from policy.round import Lane, Launch
@@ -98,15 +98,13 @@ def _ended(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
     Nothing is collected meanwhile: what a forgotten event or graph does when it goes is not allowed inside a capture.
     """
-    gc.disable()
-    try:
-        yield
-    except BaseException:
-        with suppress(RuntimeError):
-            graph.capture_end()
-        raise
-    finally:
-        gc.enable()
+    with no_collections():
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
     graph.capture_end()
 
 

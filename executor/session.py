@@ -7,8 +7,8 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ from executor.checkpoint import load_checkpoint
 from executor.cuda import settle
 from executor.device import AllSteps, Device, Parts
 from executor.execute import Driver, Progress
+from executor.garbage import no_collections
 from executor.groups import Groups, Place, World
 from executor.inputs import Loader, Outputs
 from executor.lanes import Clock
@@ -142,7 +143,10 @@ class Session:
         device, backing = opened.device, opened.backing
         with ExitStack() as stack:
             driver = self._driver(run, device, opened.scheduler(), stack)
-            stack.enter_context(_no_collections())
+            # A collector that looks through all that a run has made, again and again, only holds up launches, and the
+            # main loop makes no cycles. Before time zero: the last collection takes longer than many a batch.
+            gc.collect()
+            stack.enter_context(no_collections())
             self.start_together(device)
             backing.lanes.begin_run(device.parts.clock, run.device_delay_us, (run.delay_seed, self.place.rank))
             self._go(driver, run, number)
@@ -297,18 +301,6 @@ class Session:
         withheld, ctas = choices[times.index(min(times))]
         rehearsed = [[*choice, us] for choice, us in zip(choices, times, strict=True)]
         return table | {"partitions": [withheld], "ctas": [ctas], "rehearsed": rehearsed}
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """A collector that looks through all that a run has made, again and again, only holds up launches, and the main
-    loop makes no cycles. Entered before time zero, for the last collection takes longer than many a batch."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> list[Regime] | None:

@@ -65,5 +65,10 @@ class Options:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"policy option {name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
 
+    @property
+    def has_deadline(self) -> bool:
+        """Whether plans depend on the time."""
+        return self.slo_us != float("inf")
+
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))

@@ -155,7 +155,7 @@ class Scheduler:
 
     def foresee(self) -> None:
         """Plan what comes if nobody enters, while there is time: `next_round` will not have to. Changes no round."""
-        if self.state.flights and self.options.slo_us == float("inf"):  # a deadline makes the plan depend on the time
+        if self.state.flights and not self.options.has_deadline:
             self._foreseen = self.state, self.plan(self.state, self.options, self.profile)
 
     def note_issued(self, batch: Batch) -> None:
@@ -185,7 +185,7 @@ class Scheduler:
 
         A batch that is late in any case is not protected: that would cost the batches behind it time, and win nothing.
         """
-        if self.options.slo_us == float("inf"):
+        if not self.options.has_deadline:
             return self.state
         flights = []
         for flight in self.state.flights:

@@ -26,13 +26,17 @@ def issue_alone(course: Course) -> None:
     if flight.issued:
         course.place_rest(0)
     # Drivers keep graphs of ranges that begin where a layer does; what others left of one goes piece by piece.
-    while course.flights[0].cursor < flight.cursor + begun:
-        course.place(0, course.run_end(course.flights[0]))
+    _place_until(course, flight.cursor + begun)
     first = len(course.launches)
-    while course.flights[0].cursor < goal:
-        course.place(0, course.run_end(course.flights[0]))
+    _place_until(course, goal)
     if course.options.capture and len(course.launches) > first + 1:
         _merge(course, first)
+
+
+def _place_until(course: Course, goal: int) -> None:
+    """The oldest flight, run by run."""
+    while course.flights[0].cursor < goal:
+        course.place(0, course.run_end(course.flights[0]))
 
 
 def _rest_of_layer(flight: Flight) -> int:

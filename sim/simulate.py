@@ -104,7 +104,7 @@ class Simulation:
         """Deadlines make decisions depend on absolute time, spans must all be written, several devices have several
         hosts."""
         plain = not self.fidelity.exact and not self.fidelity.record
-        return plain and len(self.devices) == 1 and self.scheduler.options.slo_us == float("inf")
+        return plain and len(self.devices) == 1 and not self.scheduler.options.has_deadline
 
     def fresh_device(self) -> Device:
         """A device at time zero, in a world of its own."""
