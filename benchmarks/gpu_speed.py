@@ -105,6 +105,10 @@ def _serve(
                    rate=rate, num_requests=len(run.requests), **about, **_served(output))  # fmt: skip
 
 
+# What rehearsals have made of the policy's beliefs.
+BELIEFS = ("launch_us", "round_us", "partitions", "ctas", "rehearsed", "serial_us", "overlap_price")
+
+
 def _served(output: Output) -> dict[str, Any]:
     numbers = metrics(output.timeline)
     host = output.host_times[0]
@@ -122,6 +126,7 @@ def _served(output: Output) -> dict[str, Any]:
         "host_mail_us_per_round": host.mail_s / max(1, host.rounds) * 1e6,
         "host_bound_fraction": max(busy.host_bound_us for busy in output.busy) / (output.wall_s * 1e6),
         "num_rounds": host.rounds, "num_graphs": output.num_graphs, "refused": output.host["graphs_refused"],
+        "beliefs": {key: output.profile[key] for key in BELIEFS if key in output.profile} if output.profile else None,
     }  # fmt: skip
 
 

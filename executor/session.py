@@ -6,11 +6,9 @@ import gc
 import json
 import socket
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,27 +30,24 @@ from executor.measure import Choices, measure
 from executor.operations import Operation
 from executor.plan_cache import PlanCache
 from executor.recorder import Recorder
+from executor.rehearsal import MAX_SHAPES_FORESEEN, corrected, regimes_of
 from executor.results import write_output
 from executor.settings import RunSettings, Settings
 from executor.slots import Slot
 from executor.status import Status
 from executor.summary import summarize
-from executor.warm_up import capture_ranges, host_prices_us, rehearsed_us, warm_up
+from executor.warm_up import capture_ranges, warm_up
 from executor.weights import Weights, make_weights
-from models.transformer import BatchShape, Layout, Vectors, function_vector
+from models.transformer import BatchShape, Layout, Vectors
 from policy.batching import shape_of
-from policy.lanes import Regime
 from policy.options import Options
 from policy.profile import Contention, Profile
 from policy.profile_table import profile_from
-from policy.regime import choose_regime
 from policy.scheduler import OVERLAPPING, POLICIES, Admission, Scheduler
 from traces.request import Request
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MAX_SHAPES_FORESEEN, MAX_SHAPES_AHEAD = 20, 40
-# SM partitions that are tried out before a run.
-MOST_REHEARSED = 3
+MAX_SHAPES_AHEAD = 40
 
 
 @dataclass(slots=True)
@@ -130,7 +125,7 @@ class Session:
         run, device, shapes = opened.run, opened.device, shapes_ahead(opened.run.requests, opened.run.options)
         captures = device.parts.graphs is not None
         foreseen = shapes if len(shapes) <= MAX_SHAPES_FORESEEN else opened.shapes
-        regimes = _regimes(run, opened.profile, foreseen)
+        regimes = regimes_of(run, opened.profile, foreseen)
         if regimes is not None and captures:
             used = [regime for regime in regimes if regime.overlap]
             capture_ranges(device, shapes, sorted({r.withheld_sms for r in used}), sorted({r.max_ctas for r in used}))
@@ -280,53 +275,7 @@ class Session:
         warm_up(device, Scheduler("tensor", plain, UNASKED, Vectors(run.model, run.layout)), shapes[-1:])
         choices = Choices(shapes, run.partitions, run.ctas)
         table = measure(device, choices, backing.stopwatch, self.mail, f"measured on {self.place.backend}")
-        # The host's prices, from a rehearsal of what it will do: overlap, whether or not that will pay.
-        middle = shapes[len(shapes) // 2]
-        prices = host_prices_us(device, _rehearsing(run, replace(run.options, adaptive=False), table), middle)
-        launch_us, round_us = self.mail.share("profile/host", prices, tuple)
-        return self._narrowed(run, device, table | {"launch_us": launch_us, "round_us": round_us}, shapes)
-
-    def _narrowed(
-        self, run: RunSettings, device: Device, table: dict[str, Any], shapes: tuple[BatchShape, ...]
-    ) -> dict[str, Any]:
-        """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
-        everything. Those that beliefs want most are rehearsed, and the fastest stays."""
-        if device.parts.graphs is None or len(choices := _wanted(run, table, shapes)) < 2:
-            return table
-        middle, times = shapes[len(shapes) // 2], []
-        for withheld, ctas in choices:
-            options = replace(run.options, adaptive=False, partition=withheld, comm_ctas=ctas)
-            times.append(rehearsed_us(device, _rehearsing(run, options, table), middle))
-        times = self.mail.share("profile/choices", times, list)
-        withheld, ctas = choices[times.index(min(times))]
-        rehearsed = [[*choice, us] for choice, us in zip(choices, times, strict=True)]
-        return table | {"partitions": [withheld], "ctas": [ctas], "rehearsed": rehearsed}
-
-
-def _regimes(run: RunSettings, profile: Profile, shapes: tuple[BatchShape, ...]) -> list[Regime] | None:
-    """The regimes of every pair of shapes, chosen now: in the run that would hold up every rank at each new pair. None
-    if there are too many pairs to foresee."""
-    if run.policy != "interleaved" or len(shapes) > MAX_SHAPES_FORESEEN:
-        return None
-    vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
-    return [choose_regime(pair, run.options, profile) for pair in product(vectors, vectors)]
-
-
-def _wanted(run: RunSettings, table: dict[str, Any], shapes: tuple[BatchShape, ...]) -> list[tuple[int, int]]:
-    """SM partitions and CTAs that pairs of shapes want in belief, the most wanted first; and to leave both alone."""
-    regimes = _regimes(run, profile_from(table), shapes)
-    wanted = Counter((regime.withheld_sms, regime.max_ctas) for regime in regimes or () if regime.overlap)
-    choices = sorted(wanted, key=lambda choice: (-wanted[choice], choice))[:MOST_REHEARSED]
-    if choices and run.options.partition < 0 and run.options.comm_ctas < 0 and (0, 0) not in choices:
-        choices.append((0, 0))
-    return choices
-
-
-def _rehearsing(run: RunSettings, options: Options, table: dict[str, Any]) -> Scheduler:
-    """A scheduler that overlaps, whatever the run's own policy is."""
-    scheduler = Scheduler("interleaved", options, profile_from(table), Vectors(run.model, run.layout))
-    scheduler.plan = PlanCache(POLICIES["interleaved"])
-    return scheduler
+        return corrected(run, device, self.mail, table, shapes)
 
 
 UNASKED = Profile("none", lambda kernel, withheld, ctas: 0.0, lambda compute, comm, withheld, ctas: Contention())

@@ -9,7 +9,7 @@ and where overlap does not pay, batches run one after the other.
 from __future__ import annotations
 
 from policy.batch import State
-from policy.lanes import Course
+from policy.lanes import Course, Regime
 from policy.options import Options
 from policy.profile import Profile
 from policy.regime import choose_regime
@@ -24,6 +24,11 @@ def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State
     """The next round and the state behind it. Pure: equal arguments, equal answer."""
     # The two oldest decide the regime: they are the pair that overlaps most of the time.
     regime = choose_regime(tuple(f.vector for f in state.flights[:2]), options, profile)
+    return plan_under(regime, state, options, profile)
+
+
+def plan_under(regime: Regime, state: State, options: Options, profile: Profile) -> tuple[Round, State]:
+    """The next round under a regime, whatever would be chosen."""
     course = Course(state, regime, options, profile)
     if len(state.flights) > 1 and regime.overlap:
         fill_window(course)

@@ -32,7 +32,8 @@ class Profile:
     max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
     compute and for the CTAs of collectives (0: the library's default, `default_ctas`). The host's prices:
     `launch_us` of a launch, `collective_launch_us` of a collective's (0: the same), `event_us` of each event that it
-    records or waits for, `round_us` of a round besides: deciding, telling, waking up.
+    records or waits for, `round_us` of a round besides: deciding, telling, waking up. `overlap_price`: how much longer
+    than believed overlapping takes, beside one batch at a time; as seen where both were tried.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Profile:
     collective_launch_us: float = 0.0
     event_us: float = 0.0
     round_us: float = 0.0
+    overlap_price: float = 1.0
     # What policies have worked out from this profile; it goes when the profile goes.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -88,7 +88,7 @@ class Table:
 
 def profile_from(data: Mapping[str, Any]) -> Profile:
     """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us and round_us, 0 where
-    they were not measured.
+    they were not measured; overlap_price, 1 where nobody tried.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
     us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow. default_ctas:
@@ -99,6 +99,7 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
         launch_us=float(data.get("launch_us", 0.0)),
         round_us=float(data.get("round_us", 0.0)),
+        overlap_price=float(data.get("overlap_price", 1.0)),
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
 
     @cache
     def rolled(regime: Regime) -> Rollout:  # the best so far competes at every coordinate
-        return roll(vectors, regime, options, profile)
+        return roll(tuple(map(_shortened, vectors)) * ROLLOUT_TURNS, regime, options, profile)
 
     def best_of(candidates: list[Regime]) -> Regime:
         return candidates[_best([rolled(regime) for regime in candidates])]
@@ -73,7 +73,8 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
         best = best_of([replace(best, chunks=chunks) for chunks in (1, 2, 4)])
     if not options.adaptive:
         return best
-    return SERIAL if rolled(SERIAL).total_us <= rolled(best).total_us * WORTH_IT else best
+    overlapped_us = rolled(best).total_us * profile.overlap_price
+    return SERIAL if rolled(SERIAL).total_us <= overlapped_us * WORTH_IT else best
 
 
 def _partitions(ctas: int, options: Options, profile: Profile) -> list[int]:
@@ -96,12 +97,12 @@ def _best(scored: list[Rollout]) -> int:
 
 
 def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, profile: Profile) -> Rollout:
-    """Run the first layers of these vectors in belief, under one regime, and of them again.
+    """Run batches with these vectors in belief, under one regime, as many at a time as may be in flight.
 
     A round takes as long as the device needs for it, or as long as the host needs to plan and issue the next one, if
     that is longer: the host is only a round ahead.
     """
-    queue = tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors * ROLLOUT_TURNS))
+    queue = tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors))
     state, queue = State(queue[: options.depth]), queue[options.depth :]
     elapsed, oldest_us, last = 0.0, 0.0, 0.0
     while state.flights:
@@ -123,7 +124,7 @@ def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, 
 
 
 def _stand_in(number: int, vector: FunctionVector) -> Batch:
-    return Batch(number, (), BatchShape(1, 1), (_shortened(vector),), 0.0)
+    return Batch(number, (), BatchShape(1, 1), (vector,), 0.0)
 
 
 @lru_cache(maxsize=4096)

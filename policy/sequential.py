@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from models.kernel import FunctionVector, Kind
 from policy.batch import Batch, State
 from policy.options import Options
 from policy.profile import Profile
@@ -43,27 +44,33 @@ def _wake_up(launches: list[Launch], options: Options) -> tuple[Mark, ...]:
 
 
 def _forward(batch: Batch, stage: int, *, capture: bool) -> list[Launch]:
-    """One stage's forward: receives, computation and sends, each run on its lane.
-
-    With a single stage and capture, the layers with their collectives are one graph, and the last quarter of them
-    another: the mark between them is where the host wakes. Launching a graph takes its time per kernel (about a tenth
-    of the time that the graph runs, on 4 x H200), which a single layer is too short to hide.
-    """
-    vector = batch.vectors[stage]
-    if len(batch.vectors) == 1 and capture:
-        layers = max(1, vector.num_layers // WAKE_UP_SHARE)
-        tail = len(vector) - len(vector.epilogue) - layers * len(vector.layer)
-        cuts = [0, tail, len(vector)] if 0 < tail < len(vector) else [0, len(vector)]
-        return [Launch(batch.batch_id, a, b, Lane.COMPUTE, stage=stage, captured=True) for a, b in pairwise(cuts)]
-    launches: list[Launch] = []
-    start = 0
-    while start < len(vector):
-        end = vector.run_end[start]
-        comm = vector.kernels[start].is_communication
-        waits = (Mark(batch.batch_id, start, 0.0, stage),) if start else ()
+    """One stage's forward: receives, computation and sends, each on its lane."""
+    vector, launches = batch.vectors[stage], list[Launch]()
+    for first, last in pairwise(_cuts(vector, stage) if capture else _run_by_run(vector)):
+        comm = vector.kernels[first].is_communication and vector.run_end[first] == last
+        lane = Lane.COMM if comm else Lane.COMPUTE
+        waits = (Mark(batch.batch_id, first, 0.0, stage),) if launches and launches[-1].lane is not lane else ()
         launches.append(
-            Launch(batch.batch_id, start, end, Lane.COMM if comm else Lane.COMPUTE, waits, stage=stage,
-                   captured=capture and not comm and end - start > 1)
+            Launch(batch.batch_id, first, last, lane, waits, stage=stage,
+                   captured=capture and not comm and last - first > 1)
         )  # fmt: skip
-        start = end
     return launches
+
+
+def _run_by_run(vector: FunctionVector) -> list[int]:
+    cuts = [0]
+    while cuts[-1] < len(vector):
+        cuts.append(vector.run_end[cuts[-1]])
+    return cuts
+
+
+def _cuts(vector: FunctionVector, stage: int) -> list[int]:
+    """What lies between receiving and sending is one graph, collectives and all. On the first stage its last quarter of
+    layers is another: the mark between them is where the host wakes, time enough to launch the next batch."""
+    begin = vector.run_end[0] if vector.kernels[0].kind is Kind.RECV else 0
+    end = len(vector)
+    while vector.kernels[end - 1].kind is Kind.SEND:
+        end -= 1
+    layers = max(1, vector.num_layers // WAKE_UP_SHARE)
+    tail = len(vector.prologue) + (vector.num_layers - layers) * len(vector.layer)
+    return sorted({0, begin, end, len(vector)} | ({tail} if stage == 0 and begin < tail < end else set()))

@@ -19,6 +19,7 @@ class ImitatedGraphs:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], Body] = {}
+        self._launched: set[tuple[object, ...]] = set()
         self.sealed = False
         self.refused: dict[StreamKey, str] = {}
 
@@ -30,11 +31,14 @@ class ImitatedGraphs:
         return key in self._kept
 
     def replay(self, key: tuple[object, ...], stream: StreamKey, body: Body, *, collectives: bool) -> Body:
-        """What replays the range, or runs it and keeps it."""
+        """What replays the range, or runs it and keeps it. A first launch is dear, so none is left for a run."""
 
         def run() -> None:
             found = self._kept.get(key)
-            if found is None and not self.sealed:
+            if found is not None:
+                assert key in self._launched or not self.sealed, f"{key} is launched for the first time"
+                self._launched.add(key)
+            elif not self.sealed:
                 self._kept[key] = body
             (found or body)()
 

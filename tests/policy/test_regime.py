@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from models.config import MODELS
 from models.kernel import FunctionVector
 from models.transformer import BatchShape, layer_kernels
+from policy.regime import SERIAL, choose_regime, roll
 from sim.believe import profile_of
 from sim.simulate import Fidelity
 from sim.spec import load_node
@@ -41,3 +44,16 @@ def test_the_policy_is_never_much_slower_than_the_best_of_its_own_options(node: 
             node, model, rows, "interleaved", adaptive=False, partition=partition
         )
     assert chosen <= WITHIN_PARTITIONS * min(options.values()), options
+
+
+def test_overlapping_that_was_seen_to_cost_more_than_believed_is_given_up_where_it_gains_less() -> None:
+    vector = FunctionVector((), layer_kernels(MODELS["glm-130b"], BatchShape(1, 128), 4), 12)
+    profile = profile_of(load_node("h200-hoststaged-x4"))
+    pair, options = (vector, vector), alone(depth=2)
+    regime = choose_regime(pair, options, profile)
+    assert regime.overlap
+    gain = roll(pair, SERIAL, options, profile).total_us / roll(pair, regime, options, profile).total_us
+    for price, overlaps in ((0.9 * gain, True), (1.1 * gain, False)):
+        seen = replace(profile, overlap_price=price, memo={})
+        assert choose_regime(pair, options, seen).overlap is overlaps
+    assert choose_regime(pair, replace(options, adaptive=False), replace(profile, overlap_price=9.0, memo={})) == regime
