@@ -45,7 +45,7 @@ def _lives(opened: Opened) -> dict[str, Any]:
             opened.device.parts.lanes.drain()
             started = time.perf_counter()
             for _ in range(2 // count):
-                run_through(opened.device, scheduler, opened.shapes[-1], count)
+                run_through(opened.device, scheduler, [opened.shapes[-1]] * count)
             if number >= 3:
                 times.append((time.perf_counter() - started) * 1e3)
         found[f"live_{name}_ms"] = median(times)

@@ -205,6 +205,7 @@ class Device:
         """Nothing is in flight: what was issued so far was a rehearsal."""
         assert not self.flights
         self.order = OrderLog()
+        self.parts.steps.clear()  # its batches may have been shorter, and their last launches are not a run's
 
     def seal(self, *, sealed: bool) -> None:
         """From now on (or not any more), what is not captured yet runs as it is: a capture would hold up a run."""

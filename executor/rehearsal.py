@@ -2,30 +2,82 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import product
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import cycle, islice, product
+from statistics import median
 from typing import Any
 
 from executor.device import Device
 from executor.mail import Mail
 from executor.plan_cache import Plan, PlanCache
 from executor.settings import RunSettings
-from executor.warm_up import host_prices_us, rehearsed_us
-from models.transformer import BatchShape, Vectors, function_vector
+from executor.warm_up import TURNS, run_through
+from models.kernel import FunctionVector
+from models.transformer import BatchShape, function_vector
+from policy.batching import shape_of
 from policy.interleaved import plan_under
 from policy.lanes import Regime
 from policy.options import Options
 from policy.profile import Profile
 from policy.profile_table import profile_from
-from policy.regime import SERIAL, choose_regime, roll
+from policy.regime import SERIAL, RegimeOf, choose_regime, roll
 from policy.scheduler import POLICIES, Scheduler
 
 MAX_SHAPES_FORESEEN = 20
 # SM partitions that are tried out before a run.
 MOST_REHEARSED = 3
+# What is rehearsed, and how often: enough batches for unlike ones to meet, enough layers for them to be out of step.
+BATCHES, LAYERS, REHEARSALS = 12, 8, 5
+
+overlap = POLICIES["interleaved"]
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """Batches as the run will have them, so many layers of each: shapes, and what the policy believes of them."""
+
+    run: RunSettings
+    device: Device
+    table: dict[str, Any]
+    shapes: Sequence[BatchShape]
+
+    def scheduler(self, options: Options, plan: Plan) -> Scheduler:
+        """An interleaving scheduler, whatever the run's own policy is."""
+        scheduler = Scheduler("interleaved", options, profile_from(self.table), self.vectors_of)
+        scheduler.plan = PlanCache(plan)
+        return scheduler
+
+    def vectors_of(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
+        """The beginning of a shape's vector."""
+        return (_beginning(function_vector(self.run.model, shape, self.run.layout, 0)),)
+
+    def prices_us(self) -> tuple[float, float]:
+        """What a launch costs this host, and a round besides, of overlap, whether or not that will pay."""
+        scheduler = self.scheduler(replace(self.run.options, adaptive=False), overlap)
+        for _ in range(TURNS + 1):
+            spent = run_through(self.device, scheduler, self.shapes)
+        self.device.forget()
+        return spent.issue_s / max(1, spent.launches) * 1e6, spent.plan_s / max(1, spent.rounds) * 1e6
+
+    def timed_us(self, options: Options, plan: Plan) -> float:
+        """How long all of it takes, everything captured before."""
+        scheduler, times = self.scheduler(options, plan), []
+        for number in range(TURNS + REHEARSALS):
+            started = time.perf_counter()
+            run_through(self.device, scheduler, self.shapes)
+            if number >= TURNS:
+                times.append((time.perf_counter() - started) * 1e6)
+        self.device.forget()
+        return median(times)
+
+    def believed_us(self, options: Options, regime_of: RegimeOf) -> float:
+        """How long it takes in belief."""
+        vectors = tuple(self.vectors_of(shape)[0] for shape in self.shapes)
+        return roll(vectors, regime_of, options, profile_from(self.table)).total_us
 
 
 def corrected(
@@ -33,45 +85,32 @@ def corrected(
 ) -> dict[str, Any]:
     """A measured profile with the host's prices and, where there are graphs, one choice of SMs and CTAs and what
     overlapping costs beyond belief. Equal on all ranks."""
-    overlap = POLICIES["interleaved"]
-    # Of overlap, whether or not that will pay.
-    prices = host_prices_us(
-        device, _scheduler(run, replace(run.options, adaptive=False), table, overlap), _middle(shapes)
-    )
-    launch_us, round_us = mail.share("profile/host", prices, tuple)
-    table = table | {"launch_us": launch_us, "round_us": round_us}
-    regimes = regimes_of(run, profile_from(table), shapes)
+    rehearsal = Rehearsal(run, device, table, _first_batches(run))
+    launch_us, round_us = mail.share("profile/host", rehearsal.prices_us(), tuple)
+    rehearsal.table = table | {"launch_us": launch_us, "round_us": round_us}
+    regimes = regimes_of(run, profile_from(rehearsal.table), shapes)
     if regimes is None or device.parts.graphs is None:
-        return table
-    return _rehearsed(run, device, mail, table, shapes, regimes)
+        return rehearsal.table
+    return rehearsal.table | _rehearsed(rehearsal, mail, regimes)
 
 
-def _rehearsed(
-    run: RunSettings, device: Device, mail: Mail, table: dict[str, Any], shapes: Sequence[BatchShape],
-    regimes: Sequence[Regime],
-) -> dict[str, Any]:  # fmt: skip
+def _rehearsed(rehearsal: Rehearsal, mail: Mail, regimes: Sequence[Regime]) -> dict[str, Any]:
     """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
     everything: those that beliefs want most are rehearsed, and the fastest stays. So is one batch at a time."""
-    shape, times = _middle(shapes), []
-    choices = [_forced(run.options, *choice) for choice in _wanted(run.options, regimes)]
-    for options in choices:
-        times.append(rehearsed_us(device, _scheduler(run, options, table, POLICIES["interleaved"]), shape))
-    times.append(rehearsed_us(device, _scheduler(run, run.options, table, partial(plan_under, SERIAL)), shape))
+    options, profile = rehearsal.run.options, profile_from(rehearsal.table)
+    choices = [_forced(options, *choice) for choice in _wanted(options, regimes)]
+    times = [rehearsal.timed_us(forced, overlap) for forced in choices]
+    times.append(rehearsal.timed_us(options, partial(plan_under, SERIAL)))
     *overlapped, serial_us = mail.share("profile/choices", times, list)
     best = choices[overlapped.index(min(overlapped))]
-    rehearsed = [[o.partition, o.comm_ctas, us] for o, us in zip(choices, overlapped, strict=True)]
-    return table | {
-        "partitions": [best.partition], "ctas": [best.comm_ctas], "rehearsed": rehearsed, "serial_us": serial_us,
-        "overlap_price": min(overlapped) / serial_us / _believed(run, best, table, shape),
+    believed_us = rehearsal.believed_us(best, lambda oldest: choose_regime(oldest, best, profile))
+    believed_serial_us = rehearsal.believed_us(options, lambda oldest: SERIAL)
+    return {
+        "partitions": [best.partition], "ctas": [best.comm_ctas],
+        "overlap_price": (min(overlapped) / serial_us) / (believed_us / believed_serial_us),
+        "rehearsed": [[o.partition, o.comm_ctas, us] for o, us in zip(choices, overlapped, strict=True)],
+        "serial_us": serial_us,
     }  # fmt: skip
-
-
-def _believed(run: RunSettings, options: Options, table: dict[str, Any], shape: BatchShape) -> float:
-    """How long overlapping takes in belief beside one batch at a time, of what is rehearsed."""
-    profile, vector = profile_from(table), function_vector(run.model, shape, run.layout, 0)
-    regimes = choose_regime((vector, vector), options, profile), SERIAL
-    overlapped, serial = (roll((vector,) * options.depth, regime, options, profile).total_us for regime in regimes)
-    return overlapped / serial
 
 
 def regimes_of(run: RunSettings, profile: Profile, shapes: Sequence[BatchShape]) -> list[Regime] | None:
@@ -96,12 +135,16 @@ def _forced(options: Options, withheld: int, ctas: int) -> Options:
     return replace(options, adaptive=False, partition=withheld, comm_ctas=ctas)
 
 
-def _middle(shapes: Sequence[BatchShape]) -> BatchShape:
-    return shapes[len(shapes) // 2]
+def _first_batches(run: RunSettings) -> list[BatchShape]:
+    """The shapes of a run's first full batches, over and over if it has few."""
+    size = min(run.options.batch_size, len(run.requests))
+    full = [shape_of(run.requests[at : at + size], run.options) for at in range(0, len(run.requests) - size + 1, size)]
+    return list(islice(cycle(full), BATCHES))
 
 
-def _scheduler(run: RunSettings, options: Options, table: dict[str, Any], plan: Plan) -> Scheduler:
-    """An interleaving scheduler, whatever the run's own policy is."""
-    scheduler = Scheduler("interleaved", options, profile_from(table), Vectors(run.model, run.layout))
-    scheduler.plan = PlanCache(plan)
-    return scheduler
+@cache
+def _beginning(vector: FunctionVector) -> FunctionVector:
+    """A vector's first layers; all of it where it has no more."""
+    if vector.num_layers <= LAYERS:
+        return vector
+    return FunctionVector(vector.prologue, vector.layer, LAYERS)

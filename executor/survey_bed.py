@@ -86,7 +86,7 @@ class Bed:
         """A forward pass of the largest batch: kernels that were called over and over leave numbers that no model has,
         and a GPU is faster on such. Every rank must call it."""
         plain = replace(self.run.options, capture=False)
-        run_through(self.device, Scheduler("tensor", plain, UNASKED, self.vectors), self.grid.largest, 1)
+        run_through(self.device, Scheduler("tensor", plain, UNASKED, self.vectors), [self.grid.largest])
         self.device.forget()
         for slot in self.device.parts.slots:  # a batch's last rows may lie outside a smaller shape
             slot.whole.last_rows.zero_()

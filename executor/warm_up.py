@@ -1,4 +1,4 @@
-"""A rehearsal before the run: every shape through every slot, so that nothing is made or captured inside it."""
+"""Warming up before the run: every shape through every slot, so that nothing is made or captured inside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, product
-from statistics import median
 
 from executor.device import COMM_KEY, Device
 from executor.inputs import tokens_of
@@ -22,7 +21,6 @@ from policy.round import Lane
 from policy.scheduler import Scheduler
 from traces.request import Request
 
-REHEARSALS = 5
 # A graph is made when it is first asked for, and at its first launch CUDA brings it to the device, which takes the host
 # some 2 us a kernel: 1.5 ms instead of 0.25 for 48 layers on an H200. Behind these, launches are as they will stay.
 TURNS = 2
@@ -39,33 +37,13 @@ def warm_up(device: Device, scheduler: Scheduler, shapes: tuple[BatchShape, ...]
     turns = 1 if device.parts.graphs is None else TURNS
     for shape in shapes:
         for _ in range(turns * depth):
-            run_through(device, scheduler, shape, 1)
+            run_through(device, scheduler, [shape])
         if scheduler.overlapping and depth > 1:
             for _ in range(depth):  # each slot in each place of the queue
                 for _ in range(turns):
-                    run_through(device, scheduler, shape, depth)
-                run_through(device, scheduler, shape, 1)  # so that another slot comes first
+                    run_through(device, scheduler, [shape] * depth)
+                run_through(device, scheduler, [shape])  # so that another slot comes first
     device.forget()
-
-
-def host_prices_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> tuple[float, float]:
-    """What a launch costs this host, and a round besides: of two batches of one shape, everything captured before."""
-    for _ in range(TURNS * scheduler.options.depth + 1):  # two batches take turns at all slots
-        spent = run_through(device, scheduler, shape, 2)
-    device.forget()
-    return spent.issue_s / max(1, spent.launches) * 1e6, spent.plan_s / max(1, spent.rounds) * 1e6
-
-
-def rehearsed_us(device: Device, scheduler: Scheduler, shape: BatchShape) -> float:
-    """How long as many batches of one shape take as there may be in flight, everything captured before."""
-    times = []
-    for number in range(TURNS + REHEARSALS):
-        started = time.perf_counter()
-        run_through(device, scheduler, shape, scheduler.options.depth)
-        if number >= TURNS:
-            times.append((time.perf_counter() - started) * 1e6)
-    device.forget()
-    return median(times)
 
 
 def capture_ranges(
@@ -161,14 +139,17 @@ def _chain(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
         first = ends[first]
 
 
-def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: int) -> HostTime:
-    """Admit so many equal batches at once and run them to their end, results and times unrecorded; the host's time, all
-    that is not issuing or waiting as planning."""
-    spent, rounds = HostTime(), RoundsHash()
-    for batch in scheduler.enter((made_up_requests(shape),) * count, 0.0):
-        device.enter(batch, 0.0, Preparation(device, batch))
-    started = time.perf_counter()
-    while (round_ := scheduler.next_round(0.0)) is not None:
+def run_through(device: Device, scheduler: Scheduler, shapes: Sequence[BatchShape]) -> HostTime:
+    """Run made-up batches of these shapes to their end, each as soon as there is room, results and times unrecorded;
+    the host's time, all that is not issuing or waiting as planning."""
+    spent, rounds, waiting = HostTime(), RoundsHash(), list(reversed(shapes))
+    while waiting or scheduler.state.flights:
+        while waiting and scheduler.has_room(len(scheduler.state.flights)):
+            for batch in scheduler.enter((made_up_requests(waiting.pop()),), 0.0):
+                device.enter(batch, 0.0, Preparation(device, batch))
+        started = time.perf_counter()
+        round_ = scheduler.next_round(0.0)
+        assert round_ is not None
         planned = time.perf_counter()
         own = [launch for launch in round_.launches if launch.stage == device.stage]
         for launch in own:
@@ -185,7 +166,6 @@ def run_through(device: Device, scheduler: Scheduler, shape: BatchShape, count: 
         spent.plan_s += planned - started + time.perf_counter() - synchronized
         spent.issue_s += issued - planned
         spent.rounds, spent.launches = spent.rounds + 1, spent.launches + len(own)
-        started = time.perf_counter()
     let_go(device)
     return spent
 

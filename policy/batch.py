@@ -88,3 +88,8 @@ class State(NamedTuple):
     compute: Busy = Busy()
     comm: Busy = Busy()
     held: tuple[tuple[Mark, ...], ...] = ()
+
+    @property
+    def oldest(self) -> tuple[FunctionVector, ...]:
+        """The two oldest batches' vectors: the pair that overlaps most of the time."""
+        return tuple(flight.vector for flight in self.flights[:2])

@@ -22,9 +22,7 @@ UNSYNCHRONISED_AHEAD = 8
 
 def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
     """The next round and the state behind it. Pure: equal arguments, equal answer."""
-    # The two oldest decide the regime: they are the pair that overlaps most of the time.
-    regime = choose_regime(tuple(f.vector for f in state.flights[:2]), options, profile)
-    return plan_under(regime, state, options, profile)
+    return plan_under(choose_regime(state.oldest, options, profile), state, options, profile)
 
 
 def plan_under(regime: Regime, state: State, options: Options, profile: Profile) -> tuple[Round, State]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -26,6 +27,7 @@ ROLLOUT_TURNS = 2
 HOST_MARGIN = 1.065
 
 SERIAL = Regime(overlap=False)
+RegimeOf = Callable[[tuple[FunctionVector, ...]], Regime]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
 
     @cache
     def rolled(regime: Regime) -> Rollout:  # the best so far competes at every coordinate
-        return roll(tuple(map(_shortened, vectors)) * ROLLOUT_TURNS, regime, options, profile)
+        return roll(tuple(map(_shortened, vectors)) * ROLLOUT_TURNS, lambda oldest: regime, options, profile)
 
     def best_of(candidates: list[Regime]) -> Regime:
         return candidates[_best([rolled(regime) for regime in candidates])]
@@ -96,8 +98,8 @@ def _best(scored: list[Rollout]) -> int:
     return next(number for number in close if scored[number].oldest_us <= kindest * TIE)
 
 
-def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, profile: Profile) -> Rollout:
-    """Run batches with these vectors in belief, under one regime, as many at a time as may be in flight.
+def roll(vectors: tuple[FunctionVector, ...], regime_of: RegimeOf, options: Options, profile: Profile) -> Rollout:
+    """Run batches with these vectors in belief, as many at a time as may be in flight; the two oldest say how.
 
     A round takes as long as the device needs for it, or as long as the host needs to plan and issue the next one, if
     that is longer: the host is only a round ahead.
@@ -106,6 +108,7 @@ def roll(vectors: tuple[FunctionVector, ...], regime: Regime, options: Options, 
     state, queue = State(queue[: options.depth]), queue[options.depth :]
     elapsed, oldest_us, last = 0.0, 0.0, 0.0
     while state.flights:
+        regime = regime_of(state.oldest)
         course = Course(state, regime, options, profile)
         if len(state.flights) > 1 and regime.overlap:
             fill_window(course)

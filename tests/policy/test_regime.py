@@ -9,6 +9,7 @@ import pytest
 from models.config import MODELS
 from models.kernel import FunctionVector
 from models.transformer import BatchShape, layer_kernels
+from policy.lanes import Regime
 from policy.regime import SERIAL, choose_regime, roll
 from sim.believe import profile_of
 from sim.simulate import Fidelity
@@ -52,7 +53,11 @@ def test_overlapping_that_was_seen_to_cost_more_than_believed_is_given_up_where_
     pair, options = (vector, vector), alone(depth=2)
     regime = choose_regime(pair, options, profile)
     assert regime.overlap
-    gain = roll(pair, SERIAL, options, profile).total_us / roll(pair, regime, options, profile).total_us
+
+    def believed_us(regime: Regime) -> float:
+        return roll(pair, lambda oldest: regime, options, profile).total_us
+
+    gain = believed_us(SERIAL) / believed_us(regime)
     for price, overlaps in ((0.9 * gain, True), (1.1 * gain, False)):
         seen = replace(profile, overlap_price=price, memo={})
         assert choose_regime(pair, options, seen).overlap is overlaps
