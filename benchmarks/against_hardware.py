@@ -32,14 +32,14 @@ from traces.request import Request
 from weft.runs import options_for
 
 DATA = Path(__file__).parent / "data"
-SERVED = ("h200-x4-2026-11-22/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl", "h200-x2-2026-11-21/serving.jsonl",
+SERVED = ("h200-x4-2026-11-22-later/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl", "h200-x2-2026-11-21/serving.jsonl",
           "h200-x2-2026-11-21/deep.jsonl")  # fmt: skip
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
 OF_TWO = {"as-is": "h200-nvlink-x2-fitted", "host-staged": "h200-hoststaged-x2-fitted"}
 # Requests as they come, one by one: a file and its policies; of two GPUs, only tensor parallelism's were answered when
 # they were through.
 PLANES = {
-    "h200-x4-2026-11-22/plane.jsonl": ("tensor", "pipeline", "hybrid", "interleaved"),
+    "h200-x4-2026-11-22-later/plane.jsonl": ("tensor", "pipeline", "hybrid", "interleaved"),
     "h200-x2-2026-11-21/plane-prompt.jsonl": ("tensor",),
     "h200-x2-2026-11-21/plane.jsonl": ("pipeline", "interleaved"),
 }

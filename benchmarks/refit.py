@@ -24,9 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "benchmarks" / "data" / "h200-x4-2026-11-21"
 # Survey, and the node that keeps what the survey cannot tell.
 SURVEYS = {"survey-nvlink": "h200-nvlink-x4", "survey-hoststaged": "h200-hoststaged-x4"}
-# Measured again under load: collectives, pairs, schedules. Its host was half as fast as the one before (a GEMM's call
-# took 178 us, and 97 before), so what both timed of the host is the quicker one's.
-NEWER = {"survey-nvlink": ROOT / "benchmarks" / "data" / "h200-x4-2026-11-22" / "survey-nvlink"}
+# Measured again under load: collectives, pairs, schedules. Their hosts were half as fast as those before (a GEMM's call
+# took 178 and 142 us, and 97 and 121 before), so what both timed of a host is the quicker one's.
+NEWER = {
+    "survey-nvlink": ROOT / "benchmarks" / "data" / "h200-x4-2026-11-22" / "survey-nvlink",
+    "survey-hoststaged": ROOT / "benchmarks" / "data" / "h200-x4-2026-11-22-later" / "survey-hoststaged",
+}
 # Kernels of one rank of four, timed later and under load; the surveys' own were timed on GPUs that had been idle.
 KERNELS_FROM = "survey-kernels"
 # Whole forwards, of which one after the other and its parts alone say what a collective waits for.
@@ -49,7 +52,7 @@ def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec
     base node, and where all of it comes from."""
     newer = NEWER.get(folder.name, folder)
     conditions, rows, about = read_folders([newer, DATA / KERNELS_FROM], base + SUFFIX)
-    num_first = len(read_measurements(newer)[1])
+    num_first = len(rows) - len(read_measurements(DATA / KERNELS_FROM)[1])
     survey = [row for row in rows[:num_first] if row.what not in KERNELS]
     if newer != folder:
         quicker = {row.at["name"]: row for row in read_measurements(folder)[1] if row.what == "host"}
