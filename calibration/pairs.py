@@ -72,8 +72,7 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     if usable:
         if 0 in (counts := {ctas_of(row) for row in usable}) and len(counts) > 1:
             base = _contending(base, per_ctas=base.contention.per_ctas or PER_CTAS)
-            if not any(table.launched for table in base.link.tables):
-                base = _with_counts(base, usable)
+            base = _with_counts(base, usable)
         solution = solve(_problem(usable, base, _parameters(usable, base)))
         if _tells_traffic(usable):
             other = _contending(base, by_traffic=True)
@@ -124,7 +123,7 @@ def _contending(base: NodeSpec, **changes: float) -> NodeSpec:
 def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     """How many CTAs the library's default has, and with how many the GEMM library fills a wave, is what explains best
     how they get on with each other: whether both fit on the SMs decides whether a GEMM needs a wave more. The second is
-    asked only where GEMM shapes have tables, whose times do not hang on it."""
+    asked only where GEMM shapes have tables, whose times do not hang on it. What was seen at launches is not asked."""
     known = {ctas_of(row) for row in rows} - {0}
     some = [row for row in rows if not ctas_of(row)]
     op, ranks = str(some[0].at["op"]), int(some[0].at["num_ranks"])
@@ -132,9 +131,11 @@ def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     # The base may have called its default by another number than the tables that were fitted since.
     usual = base.link.default_ctas if base.link.default_ctas in tables else max(tables)
     device, found = base.device, list[tuple[float, int, int, NodeSpec]]()
-    waves = {device.gemm_wave_ctas, *(device.num_sms - left for left in LEFT_BY_WAVES if base.gemms)}
+    asked = bool(base.gemms) and not device.gemm_persistent
+    waves = {device.gemm_wave_ctas, *(device.num_sms - left for left in LEFT_BY_WAVES if asked)}
     # A default that is as fast as a number that was asked for has that number, and one table with it.
-    counts = [usual] if usual in known else sorted({usual, *DEFAULTS} - known)
+    is_seen = usual in known or any(table.launched for table in base.link.tables)
+    counts = [usual] if is_seen else sorted({usual, *DEFAULTS} - known)
     for ctas, wave in product(counts, sorted(waves)):
         node = msgspec.structs.replace(base, device=msgspec.structs.replace(device, gemm_wave_ctas=wave))
         node = _default_of(node, usual, ctas, ranks)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import cycle, islice, product
 from statistics import median
 from typing import Any
@@ -142,7 +142,7 @@ def _first_batches(run: RunSettings) -> list[BatchShape]:
     return list(islice(cycle(full), BATCHES))
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _beginning(vector: FunctionVector) -> FunctionVector:
     """A vector's first layers; all of it where it has no more."""
     if vector.num_layers <= LAYERS:

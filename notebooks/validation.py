@@ -50,12 +50,16 @@ from weft.notebook import picture_of
 # Paths count from the top of the repository, wherever this is opened.
 os.chdir(next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "benchmarks" / "data").is_dir()))
 DATA = Path("benchmarks/data/h200-x4-2026-11-21")
-# Nodes that were fitted, each to two thirds of one survey and of the kernels that were timed later, under load; the
-# other third is what they are held against here. The surveys' own kernels were timed on GPUs that had been idle.
-NODES = {"h200-nvlink-x4-fitted": DATA / "survey-nvlink", "h200-hoststaged-x4-fitted": DATA / "survey-hoststaged"}
+LATER = Path("benchmarks/data/h200-x4-2026-11-22"), Path("benchmarks/data/h200-x4-2026-11-22-later")
+# Nodes that were fitted, each to two thirds of one survey and of the kernels of one GPU, all under load; the other
+# third is what they are held against here.
+NODES = {
+    "h200-nvlink-x4-fitted": LATER[0] / "survey-nvlink",
+    "h200-hoststaged-x4-fitted": LATER[1] / "survey-hoststaged",
+}
 KERNELS_FROM, KERNELS = DATA / "survey-kernels", ("gemm", "attention", "elementwise")
 FORWARDS = (DATA / "forward.jsonl", DATA / "second-forward.jsonl")
-DAY = date(2026, 11, 21)
+DAY = date(2026, 11, 22)
 LARGEST_ROWS = 128 if "WEFT_NOTEBOOK_PROMPTS" in os.environ else 10**9
 
 
@@ -73,7 +77,7 @@ def show(draw, *what):
 # in a graph. Microseconds:
 
 # %%
-node = load_node(next(iter(NODES)))
+node = load_node("h200-hoststaged-x4-fitted")  # where links are slow enough for the policy to interleave
 cell = Cell("opt-30b", 48, 64, 64, 4)
 world = GraphWorld(node)
 print(f"{cell}: {len(vector_of(cell).kernels)} kernels a batch on each of {cell.num_ranks} GPUs of {node.name}")

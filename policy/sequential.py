@@ -10,8 +10,9 @@ from policy.options import Options
 from policy.profile import Profile
 from policy.round import Lane, Launch, Mark, Round
 
-# The host wakes when this part of the layers is left.
-WAKE_UP_SHARE = 4
+# The host wakes when this part of the layers is left; of a stage among several, so many: a batch that is chosen early
+# is chosen among fewer requests.
+WAKE_UP_SHARE, LAYERS_TO_WAKE = 4, 2
 
 
 def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State]:
@@ -65,12 +66,14 @@ def _run_by_run(vector: FunctionVector) -> list[int]:
 
 
 def _cuts(vector: FunctionVector, stage: int) -> list[int]:
-    """What lies between receiving and sending is one graph, collectives and all. On the first stage its last quarter of
-    layers is another: the mark between them is where the host wakes, time enough to launch the next batch."""
+    """What lies between receiving and sending is one graph, collectives and all. On the first stage its last layers are
+    another: the mark between them is where the host wakes. A pipeline's wakes when that stage has been computed."""
     begin = vector.run_end[0] if vector.kernels[0].kind is Kind.RECV else 0
     end = len(vector)
     while vector.kernels[end - 1].kind is Kind.SEND:
         end -= 1
-    layers = max(1, vector.num_layers // WAKE_UP_SHARE)
+    is_single = stage == 0 and end == len(vector)
+    layers = max(1, vector.num_layers // WAKE_UP_SHARE) if is_single else LAYERS_TO_WAKE
     tail = len(vector.prologue) + (vector.num_layers - layers) * len(vector.layer)
-    return sorted({0, begin, end, len(vector)} | ({tail} if stage == 0 and begin < tail < end else set()))
+    is_cut = stage == 0 and begin < tail < end and (is_single or vector.run_end[begin] < end)
+    return sorted({0, begin, end, len(vector)} | ({tail} if is_cut else set()))

@@ -197,6 +197,19 @@ def test_launched_ctas_are_taken_over_of_gemms_and_of_collectives() -> None:
     assert not fit_node([*gemms, *many], load_node(BASE), ABOUT).node.device.gemm_persistent
 
 
+def test_a_wave_of_the_library_is_asked_of_pairs_where_only_collectives_were_seen_to_be_launched() -> None:
+    """Whether a GEMM and a collective fit beside each other is a matter of both, and only one of them is known."""
+    true = load_node("h200-hoststaged-x4-fitted")
+    assert true.device.gemm_wave_ctas == 128 and any(table.launched for table in true.link.tables)
+    surveyor, layer = Surveyor(true), layer_kernels(MODELS["opt-30b"], BatchShape(4, 64), 4)
+    gemms = [kernel for kernel in layer if kernel.kind is Kind.GEMM]
+    rows = [surveyor.pair(14, kernel, 256, (2**23, 0, ctas)) for kernel in gemms for ctas in (0, 8)]
+    base = msgspec.structs.replace(true, device=msgspec.structs.replace(true.device, gemm_wave_ctas=124))
+    assert fit_pairs(rows, base).node.device.gemm_wave_ctas == 128
+    seen = msgspec.structs.replace(base, device=msgspec.structs.replace(base.device, gemm_persistent=True))
+    assert fit_pairs(rows, seen).node.device.gemm_wave_ctas == 124  # no wave but that of the SMs
+
+
 def seen_ctas(row: Measurement) -> int:
     """One CTA for every 8 KiB, as NCCL has it for small messages."""
     return max(1, int(row.at["bytes"]) // 2**13)
