@@ -78,7 +78,7 @@ def show(draw, *what):
 
 # %%
 node = load_node("h200-hoststaged-x4-fitted")  # where links are slow enough for the policy to interleave
-cell = Cell("opt-30b", 48, 64, 64, 4)
+cell = Cell("glm-130b", 24, 64, 64, 4)
 world = GraphWorld(node)
 print(f"{cell}: {len(vector_of(cell).kernels)} kernels a batch on each of {cell.num_ranks} GPUs of {node.name}")
 for schedule in ("compute alone", "comm alone", "serial", "policy"):

@@ -30,7 +30,8 @@ def test_every_link_is_compared_on_every_batch_size(names: dict[str, Any]) -> No
 
 
 def test_the_prediction_step_by_step_is_the_one_of_the_table(names: dict[str, Any]) -> None:
-    points = {point.label: point for point in names["validations"][0].points}
+    (validation,) = (v for v in names["validations"] if v.node.name == names["world"].node.name)
+    points = {point.label: point for point in validation.points}
     for schedule in ("compute alone", "serial", "policy"):
         predicted, _ = names["world"].makespan_us(names["cell"], schedule)
         assert predicted == pytest.approx(points[f"{names['cell']}, {schedule}"].predicted)
