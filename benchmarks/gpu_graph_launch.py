@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("graph-launches.jsonl"))
     args = parser.parse_args()
+    if not 1 <= args.ranks <= (there := torch.cuda.device_count()):
+        parser.error(f"--ranks {args.ranks}: this machine has {there} GPUs, and every rank needs one of its own")
     context = multiprocessing.get_context("spawn")
     for number, (mode, mixing) in enumerate(product(MODES, (True, False))):
         settings = MODES[mode] | {"NCCL_GRAPH_MIXING_SUPPORT": str(int(mixing)), "MASTER_ADDR": "127.0.0.1",

@@ -99,8 +99,14 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
         launch_us=float(data.get("launch_us", 0.0)),
         round_us=float(data.get("round_us", 0.0)),
-        overlap_price=float(data.get("overlap_price", 1.0)),
+        overlap_price=_price(data.get("overlap_price", 1.0)),
     )  # fmt: skip
+
+
+def _price(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+        raise ValueError(f"a profile table's overlap_price is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def _need(data: Mapping[str, Any], key: str) -> Any:

@@ -74,3 +74,10 @@ def test_mistakes_are_named(path: tuple[Any, ...], value: Any, message: str) -> 
 def test_a_kernel_that_nobody_measured_is_named() -> None:
     with pytest.raises(ValueError, match="no durations of silu"):
         profile_from(beliefs()).solo_us(elementwise("silu", 100), 0, 0)
+
+
+@pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf"), "dear", None])
+def test_an_overlap_price_that_is_none_is_refused(price: object) -> None:
+    assert profile_from(beliefs() | {"overlap_price": 1.25}).overlap_price == 1.25
+    with pytest.raises(ValueError, match="overlap_price"):
+        profile_from(beliefs() | {"overlap_price": price})
