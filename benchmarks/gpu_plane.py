@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-22"
+DATA = Path(__file__).parent / "data" / "h200-x4-2026-11-22-later"
 LOOKS = {"tensor": ("o", "#12355b"), "interleaved": ("^", "#c1440e"), "pipeline": ("s", "#7aa5c4"),
          "hybrid": ("D", "#e0a458")}  # fmt: skip
 
