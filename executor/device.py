@@ -64,7 +64,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What a launch of one shape in one slot comes to; made once, at its first use.
+    """What a launch of one vector in one slot comes to; made once, at its first use. A rehearsal's vectors are shorter
+    than a run's of the same shape, and end elsewhere.
 
     `point`: what is done behind it. `begins`, `ends`: it is the first, the last of its batch on this stage.
     """
@@ -133,13 +134,13 @@ class Device:
 
     def enter(self, batch: Batch, entered_us: float, prepare: Callable[[Slot], None]) -> None:
         """A batch gets its slot; `prepare` loads it, on the lane of its first kernel."""
-        slot = self.parts.slots[batch.slot]
+        slot, vector = self.parts.slots[batch.slot], batch.vectors[self.stage]
         self.flights[batch.batch_id] = InFlight(
             batch,
             entered_us,
             slot,
-            batch.vectors[self.stage],
-            self.parts.steps.setdefault((batch.slot, batch.shape, self.split, self.parts.graphs is not None), {}),
+            vector,
+            self.parts.steps.setdefault((batch.slot, vector, self.split, self.parts.graphs is not None), {}),
             lambda: prepare(slot),
         )
 
@@ -205,7 +206,6 @@ class Device:
         """Nothing is in flight: what was issued so far was a rehearsal."""
         assert not self.flights
         self.order = OrderLog()
-        self.parts.steps.clear()  # its batches may have been shorter, and their last launches are not a run's
 
     def seal(self, *, sealed: bool) -> None:
         """From now on (or not any more), what is not captured yet runs as it is: a capture would hold up a run."""

@@ -42,12 +42,12 @@ class Rehearsal:
 
     run: RunSettings
     device: Device
-    table: dict[str, Any]
+    profile: Profile
     shapes: Sequence[BatchShape]
 
     def scheduler(self, options: Options, plan: Plan) -> Scheduler:
         """An interleaving scheduler, whatever the run's own policy is."""
-        scheduler = Scheduler("interleaved", options, profile_from(self.table), self.vectors_of)
+        scheduler = Scheduler("interleaved", options, self.profile, self.vectors_of)
         scheduler.plan = PlanCache(plan)
         return scheduler
 
@@ -77,7 +77,7 @@ class Rehearsal:
     def believed_us(self, options: Options, regime_of: RegimeOf) -> float:
         """How long it takes in belief."""
         vectors = tuple(self.vectors_of(shape)[0] for shape in self.shapes)
-        return roll(vectors, regime_of, options, profile_from(self.table)).total_us
+        return roll(vectors, regime_of, options, self.profile).total_us
 
 
 def corrected(
@@ -85,19 +85,20 @@ def corrected(
 ) -> dict[str, Any]:
     """A measured profile with the host's prices and, where there are graphs, one choice of SMs and CTAs and what
     overlapping costs beyond belief. Equal on all ranks."""
-    rehearsal = Rehearsal(run, device, table, _first_batches(run))
+    rehearsal = Rehearsal(run, device, profile_from(table), _first_batches(run))
     launch_us, round_us = mail.share("profile/host", rehearsal.prices_us(), tuple)
-    rehearsal.table = table | {"launch_us": launch_us, "round_us": round_us}
-    regimes = regimes_of(run, profile_from(rehearsal.table), shapes)
-    if regimes is None or device.parts.graphs is None:
-        return rehearsal.table
-    return rehearsal.table | _rehearsed(rehearsal, mail, regimes)
+    table = table | {"launch_us": launch_us, "round_us": round_us}
+    if device.parts.graphs is None:
+        return table
+    rehearsal.profile = profile_from(table)
+    regimes = regimes_of(run, rehearsal.profile, shapes)
+    return table if regimes is None else table | _rehearsed(rehearsal, mail, regimes)
 
 
 def _rehearsed(rehearsal: Rehearsal, mail: Mail, regimes: Sequence[Regime]) -> dict[str, Any]:
     """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
     everything: those that beliefs want most are rehearsed, and the fastest stays. So is one batch at a time."""
-    options, profile = rehearsal.run.options, profile_from(rehearsal.table)
+    options, profile = rehearsal.run.options, rehearsal.profile
     choices = [_forced(options, *choice) for choice in _wanted(options, regimes)]
     times = [rehearsal.timed_us(forced, overlap) for forced in choices]
     times.append(rehearsal.timed_us(options, partial(plan_under, SERIAL)))

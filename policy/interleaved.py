@@ -14,7 +14,7 @@ from policy.options import Options
 from policy.profile import Profile
 from policy.regime import choose_regime
 from policy.round import Mark, Round
-from policy.window import fill_window, issue_alone
+from policy.window import place_round
 
 # How many rounds the host may run ahead where only the lanes order themselves.
 UNSYNCHRONISED_AHEAD = 8
@@ -28,10 +28,7 @@ def plan(state: State, options: Options, profile: Profile) -> tuple[Round, State
 def plan_under(regime: Regime, state: State, options: Options, profile: Profile) -> tuple[Round, State]:
     """The next round under a regime, whatever would be chosen."""
     course = Course(state, regime, options, profile)
-    if len(state.flights) > 1 and regime.overlap:
-        fill_window(course)
-    else:
-        issue_alone(course)
+    place_round(course)
     synchronize, held = _synchronise(course, state, options)
     return Round(0, tuple(course.launches), synchronize), course.state(held)
 

@@ -12,7 +12,7 @@ from policy.batch import Batch, Flight, State
 from policy.lanes import Course, Regime
 from policy.options import Options
 from policy.profile import Profile
-from policy.window import fill_window, issue_alone
+from policy.window import place_round
 
 ROLLOUT_LAYERS = 4
 # Overlap must beat one batch at a time by this much in belief, so that a tie costs nobody anything.
@@ -108,12 +108,8 @@ def roll(vectors: tuple[FunctionVector, ...], regime_of: RegimeOf, options: Opti
     state, queue = State(queue[: options.depth]), queue[options.depth :]
     elapsed, oldest_us, last = 0.0, 0.0, 0.0
     while state.flights:
-        regime = regime_of(state.oldest)
-        course = Course(state, regime, options, profile)
-        if len(state.flights) > 1 and regime.overlap:
-            fill_window(course)
-        else:
-            issue_alone(course)
+        course = Course(state, regime_of(state.oldest), options, profile)
+        place_round(course)
         host_us = HOST_MARGIN * (profile.round_us + sum(map(profile.host_us, course.launches)))
         if state.flights[0].batch.batch_id == 0:
             oldest_us = elapsed + max(course.flights[0].ready_us, host_us)

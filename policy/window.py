@@ -14,6 +14,14 @@ SOLO_LAYERS = 2
 MOST_LAYERS = SOLO_LAYERS + 1
 
 
+def place_round(course: Course) -> None:
+    """A window of several flights where the regime overlaps them, or else the oldest by itself."""
+    if len(course.flights) > 1 and course.regime.overlap:
+        fill_window(course)
+    else:
+        issue_alone(course)
+
+
 def issue_alone(course: Course) -> None:
     """The oldest flight by itself, several layers at once; captured, collectives and all, it is plain tensor
     parallelism."""
