@@ -106,7 +106,7 @@ def _serve(
 
 
 # What rehearsals have made of the policy's beliefs.
-BELIEFS = ("launch_us", "round_us", "partitions", "ctas", "rehearsed", "serial_us", "overlap_price")
+BELIEFS = ("launch_us", "round_us", "host_margin", "partitions", "ctas", "rehearsed", "serial_us", "overlap_price")
 
 
 def _served(output: Output) -> dict[str, Any]:

@@ -230,7 +230,7 @@ class Driver:
         foreseen = time.perf_counter()
         if would_wait:
             self.device.order.settle()
-            self.rounds.digest()
+            self.rounds.settle()
         for mark in marks:
             self._await(mark)
         self.host.issue_s += issued - started

@@ -98,6 +98,9 @@ class World:
             options = None
             if self.place.backend == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
+                # In clusters, NCCL's default on some GPUs, CTAs would start only where several SMs of one part of the
+                # GPU are free at once. Alone they are as fast one by one; beside GEMMs they wait for less.
+                options.config.cga_cluster_size = 1
                 if ctas:
                     # Exactly so many: where NCCL takes fewer by itself, more can be faster.
                     options.config.min_ctas = options.config.max_ctas = ctas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -50,13 +51,20 @@ class CudaStopwatch:
         self._stream_of = stream_of
 
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
-        """Median over a few replays of the mean call of a series."""
-        graph = self._captured(key, calls)
-        times = []
-        for _ in range(SERIES):
-            start, (end,) = self._race([(key, graph)])
-            times.append(elapsed_us(start, end) / len(calls))
-        return median(times)
+        """Median over a few replays of the mean call of a series. A replay before them brings ranks together that a
+        collective binds: where one comes late, the others' clocks would run for it."""
+        replay, captured = self._captured(key, calls)
+        events = [new_event(timing=True) for _ in range(SERIES + 1)]
+        torch.cuda.synchronize()
+        with torch.inference_mode(), torch.cuda.stream(self._stream_of(key)):
+            replay()
+            hold(HEAD_START_CYCLES if captured else UNCAPTURED_PATIENCE * HEAD_START_CYCLES)
+            events[0].record()
+            for event in events[1:]:
+                replay()
+                event.record()
+        torch.cuda.synchronize()
+        return median(elapsed_us(start, end) / len(calls) for start, end in pairwise(events))
 
     def together_us(self, one: tuple[StreamKey, list[Body]], two: tuple[StreamKey, list[Body]]) -> tuple[float, float]:
         """Ends of both series, from the moment in which both could start: medians over a few replays."""
@@ -88,23 +96,35 @@ class CudaStopwatch:
         return graph.replay, True
 
     def _race(self, graphs: list[tuple[StreamKey, Replayed]]) -> tuple[torch.cuda.Event, list[torch.cuda.Event]]:
-        """Hold all streams back until everything is launched, then let them go; events of the start and of every
-        end."""
+        """Hold all streams back until everything is launched, then let them go; events of the start and of every end.
+
+        All have run once before, so that ranks that a collective binds let theirs go together."""
         torch.cuda.synchronize()
         gate = self._stream_of(graphs[0][0])
         start = new_event(timing=True)
-        ends = [new_event(timing=True) for _ in graphs]
         patience = 1 if all(captured for _, (_, captured) in graphs) else UNCAPTURED_PATIENCE
         with torch.inference_mode():
+            for end in self._launched(graphs):
+                gate.wait_event(end)
             with torch.cuda.stream(gate):
                 hold(patience * HEAD_START_CYCLES)
                 start.record(gate)
-            for (key, (replay, _)), end in zip(graphs, ends, strict=True):
-                stream = self._stream_of(key)
-                with torch.cuda.stream(stream):
-                    if stream != gate:
-                        stream.wait_event(start)
-                    replay()
-                    end.record(stream)
+            ends = self._launched(graphs, behind=start)
         torch.cuda.synchronize()
         return start, ends
+
+    def _launched(
+        self, graphs: list[tuple[StreamKey, Replayed]], behind: torch.cuda.Event | None = None
+    ) -> list[torch.cuda.Event]:
+        """The end of each, once it is launched on its stream."""
+        ends = []
+        for key, (replay, _) in graphs:
+            stream = self._stream_of(key)
+            with torch.cuda.stream(stream):
+                if behind is not None:
+                    stream.wait_event(behind)
+                replay()
+                end = new_event(timing=True)
+                end.record(stream)
+            ends.append(end)
+        return ends

@@ -90,7 +90,12 @@ GPU = Grid(
         (2, 64), (32, 64), (2, 1024), (8, 64), (2, 128), (2, 256), (2, 16), (16, 128), (1, 512), (2, 512), (1, 16),
         (4, 512), (8, 256), (1, 2048), (4, 64), (1, 128), (16, 64), (8, 128),
     ),
-    sizes=tuple(4 * KIB << exponent for exponent in (8, 4, 14, 0, 11, 6, 2, 12, 9, 7, 5, 10, 13, 3, 1)),
+    # Between powers of two as well: NCCL changes its protocol there, and 1 MiB can take less than 768 KiB.
+    sizes=tuple(
+        KIB * size
+        for size in (1024, 64, 65536, 4, 8192, 256, 768, 16, 16384, 384, 2048, 512, 1536, 128, 192, 4096, 32768, 32, 96,
+                     3072, 8)
+    ),
     ctas=(0, 8, 16),
     pair_rows=(256, 2048, 32),
     pair_sizes=(MIB, 64 * KIB, 8 * MIB),

@@ -161,7 +161,7 @@ def run_through(device: Device, scheduler: Scheduler, shapes: Sequence[BatchShap
         synchronized = time.perf_counter()
         # What else the main loop does of a round.
         rounds.add(round_)
-        rounds.digest()
+        rounds.settle()
         device.order.settle()
         spent.plan_s += planned - started + time.perf_counter() - synchronized
         spent.issue_s += issued - planned

@@ -23,7 +23,8 @@ class Regime:
 
     overlap: False runs one batch at a time. overrun: the share of a fill that may stick out of its window and delay an
     older batch (0: none). split: kernels that do not fit may be cut. withheld_sms, max_ctas: the SM partition.
-    chunks: collectives of fills are cut into this many pieces, so that an older batch's can cut in.
+    chunks: collectives of fills are cut into this many pieces, so that an older batch's can cut in. windows: so many
+    are planned and issued as one round.
     """
 
     overlap: bool = True
@@ -32,6 +33,7 @@ class Regime:
     withheld_sms: int = 0
     max_ctas: int = 0
     chunks: int = 1
+    windows: int = 1
 
 
 class Course:

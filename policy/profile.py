@@ -31,9 +31,11 @@ class Profile:
     `solo_us(kernel, withheld_sms, max_ctas)`: duration alone, microseconds. `contention(compute, comm, withheld_sms,
     max_ctas)`: the pair. Both must be pure. `partitions` and `ctas` are the choices a policy has for SMs withheld from
     compute and for the CTAs of collectives (0: the library's default, `default_ctas`). The host's prices:
-    `launch_us` of a launch, `collective_launch_us` of a collective's (0: the same), `event_us` of each event that it
-    records or waits for, `round_us` of a round besides: deciding, telling, waking up. `overlap_price`: how much longer
-    than believed overlapping takes, beside one batch at a time; as seen where both were tried.
+    `launch_us` of a launch, `collective_launch_us` of a collective's and `graph_launch_us` of a graph's (0: the same),
+    `event_us` of each event that it records or waits for, `round_us` of a round besides: deciding, telling, waking up.
+    `host_margin`: how much longer than these prices add up to a round has to last, for the host not to be late.
+    `overlap_price`: how much longer than believed overlapping takes, beside one batch at a time; as seen where both
+    were tried.
     """
 
     name: str
@@ -44,8 +46,11 @@ class Profile:
     default_ctas: int = 0
     launch_us: float = 0.0
     collective_launch_us: float = 0.0
+    graph_launch_us: float = 0.0
     event_us: float = 0.0
     round_us: float = 0.0
+    # Of a host whose prices never vary (simulated): it plans while the device is at the last launches of a round.
+    host_margin: float = 1.065
     overlap_price: float = 1.0
     # What policies have worked out from this profile; it goes when the profile goes.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -58,8 +63,8 @@ class Profile:
 
     def host_us(self, launch: Launch) -> float:
         """The host's price of a launch."""
-        price = (launch.lane is Lane.COMM and self.collective_launch_us) or self.launch_us
-        return price + self.event_us * (1 + len(launch.waits))
+        own = self.collective_launch_us if launch.lane is Lane.COMM else launch.captured and self.graph_launch_us
+        return (own or self.launch_us) + self.event_us * (1 + len(launch.waits))
 
     def run_us(self, kernels: tuple[Kernel, ...], withheld_sms: int = 0, max_ctas: int = 0) -> float:
         """Kernels one after the other, alone."""

@@ -88,7 +88,7 @@ class Table:
 
 def profile_from(data: Mapping[str, Any]) -> Profile:
     """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us and round_us, 0 where
-    they were not measured; overlap_price, 1 where nobody tried.
+    they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
     us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow. default_ctas:
@@ -99,13 +99,15 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
         launch_us=float(data.get("launch_us", 0.0)),
         round_us=float(data.get("round_us", 0.0)),
-        overlap_price=_price(data.get("overlap_price", 1.0)),
+        host_margin=_factor(data, "host_margin", Profile.host_margin),
+        overlap_price=_factor(data, "overlap_price", 1.0),
     )  # fmt: skip
 
 
-def _price(value: Any) -> float:
+def _factor(data: Mapping[str, Any], name: str, otherwise: float) -> float:
+    value = data.get(name, otherwise)
     if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-        raise ValueError(f"a profile table's overlap_price is {value!r}; it must be a number above 0")
+        raise ValueError(f"a profile table's {name} is {value!r}; it must be a number above 0")
     return float(value)
 
 

@@ -23,8 +23,6 @@ TIE = 1.005
 # So many of each batch go through a rollout, as many at a time as may be in flight: with one of each, filling and
 # draining the lanes would count as much as the run between.
 ROLLOUT_TURNS = 2
-# A host that is the limit needs this much longer for a round than its prices add up to (simulated).
-HOST_MARGIN = 1.065
 
 SERIAL = Regime(overlap=False)
 RegimeOf = Callable[[tuple[FunctionVector, ...]], Regime]
@@ -73,6 +71,10 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
         best = best_of([best, replace(best, split=False)])
     if options.chunks:
         best = best_of([replace(best, chunks=chunks) for chunks in (1, 2, 4)])
+    # Newcomers enter between rounds: no more windows than the host needs to keep up.
+    longer = [replace(best, windows=windows) for windows in (1, 2, 4)]
+    fastest = min(rolled(regime).total_us for regime in longer)
+    best = next(regime for regime in longer if rolled(regime).total_us <= fastest * WORTH_IT)
     if not options.adaptive:
         return best
     overlapped_us = rolled(best).total_us * profile.overlap_price
@@ -110,7 +112,7 @@ def roll(vectors: tuple[FunctionVector, ...], regime_of: RegimeOf, options: Opti
     while state.flights:
         course = Course(state, regime_of(state.oldest), options, profile)
         place_round(course)
-        host_us = HOST_MARGIN * (profile.round_us + sum(map(profile.host_us, course.launches)))
+        host_us = profile.host_margin * (profile.round_us + sum(map(profile.host_us, course.launches)))
         if state.flights[0].batch.batch_id == 0:
             oldest_us = elapsed + max(course.flights[0].ready_us, host_us)
         device_us = min(course.compute.end_us, course.comm.end_us)

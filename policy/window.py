@@ -8,18 +8,22 @@ from policy.lanes import NEVER, Course
 from policy.round import Lane, Launch
 
 # Without a partner there is nothing to interleave; how much is issued at once is how long a newcomer may have to wait.
-SOLO_LAYERS = 2
+# Those that are there and do not overlap wait in any case, and the host gets further ahead of the device.
+SOLO_LAYERS, QUEUED_LAYERS = 2, 4
 # A rest of one layer goes with them. What is remembered of rounds (by the simulator, and by the executor's cache of
 # plans) rests on a round never passing more layers of a batch than this.
-MOST_LAYERS = SOLO_LAYERS + 1
+MOST_LAYERS = QUEUED_LAYERS + 1
 
 
 def place_round(course: Course) -> None:
-    """A window of several flights where the regime overlaps them, or else the oldest by itself."""
-    if len(course.flights) > 1 and course.regime.overlap:
-        fill_window(course)
-    else:
+    """Windows of several flights where the regime overlaps them, or else the oldest by itself."""
+    if len(course.flights) == 1 or not course.regime.overlap:
         issue_alone(course)
+        return
+    oldest = len(course.flights[0].vector)
+    for _ in range(course.regime.windows):
+        if course.flights[0].cursor < oldest:
+            fill_window(course)
 
 
 def issue_alone(course: Course) -> None:
@@ -28,7 +32,8 @@ def issue_alone(course: Course) -> None:
     flight = course.flights[0]
     vector = flight.vector
     begun = _rest_of_layer(flight)
-    goal = flight.cursor + begun + (SOLO_LAYERS - (begun > 0)) * max(1, len(vector.layer))
+    layers = QUEUED_LAYERS if len(course.flights) > 1 else SOLO_LAYERS
+    goal = flight.cursor + begun + (layers - (begun > 0)) * max(1, len(vector.layer))
     if len(vector) - goal <= len(vector.layer) + len(vector.epilogue):
         goal = len(vector)  # a short rest would be over before the host had issued what comes behind it
     if flight.issued:

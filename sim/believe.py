@@ -39,8 +39,9 @@ def profile_of(node: NodeSpec, error: float = 1.0) -> Profile:
         node.link.partitions,
         (0, *sorted(ctas - {default})),
         default,
-        launch_us=max(node.host.launch_us, node.host.graph_launch_us),
+        launch_us=node.host.launch_us,
         collective_launch_us=node.host.collective_launch_us,
+        graph_launch_us=node.host.graph_launch_us,
         event_us=node.host.event_us,
         round_us=node.host.plan_us + node.host.synchronize_us,
     )

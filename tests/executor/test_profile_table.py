@@ -76,8 +76,9 @@ def test_a_kernel_that_nobody_measured_is_named() -> None:
         profile_from(beliefs()).solo_us(elementwise("silu", 100), 0, 0)
 
 
+@pytest.mark.parametrize("name", ["overlap_price", "host_margin"])
 @pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf"), "dear", None])
-def test_an_overlap_price_that_is_none_is_refused(price: object) -> None:
-    assert profile_from(beliefs() | {"overlap_price": 1.25}).overlap_price == 1.25
-    with pytest.raises(ValueError, match="overlap_price"):
-        profile_from(beliefs() | {"overlap_price": price})
+def test_a_factor_that_is_none_is_refused(name: str, price: object) -> None:
+    assert getattr(profile_from(beliefs() | {name: 1.25}), name) == 1.25
+    with pytest.raises(ValueError, match=name):
+        profile_from(beliefs() | {name: price})
