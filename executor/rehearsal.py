@@ -67,8 +67,8 @@ class Rehearsal:
         self.device.forget()
         return spent.issue_s / max(1, spent.launches) * 1e6, spent.plan_s / max(1, spent.rounds) * 1e6
 
-    def timed_us(self, options: Options, plan: Plan) -> float:
-        """How long all of it takes, everything captured before."""
+    def timed_us(self, options: Options, plan: Plan) -> list[float]:
+        """How long all of it takes, everything captured before: every time, the fastest first."""
         scheduler, times = self.scheduler(options, plan), []
         for number in range(TURNS + REHEARSALS):
             started = time.perf_counter()
@@ -76,7 +76,7 @@ class Rehearsal:
             if number >= TURNS:
                 times.append((time.perf_counter() - started) * 1e6)
         self.device.forget()
-        return median(times)
+        return sorted(times)
 
     def believed_us(self, options: Options, regime_of: RegimeOf) -> float:
         """How long it takes in belief."""
@@ -106,8 +106,9 @@ def _rehearsed(rehearsal: Rehearsal, mail: Mail, regimes: Sequence[Regime]) -> d
     everything: those that beliefs want most are rehearsed, and the fastest stays. So is one batch at a time."""
     options, profile = rehearsal.run.options, rehearsal.profile
     choices = [_forced(options, *choice) for choice in _wanted(options, regimes)]
-    times = [rehearsal.timed_us(forced, overlap) for forced in choices]
-    times.append(rehearsal.timed_us(options, partial(plan_under, SERIAL)))
+    # Overlapping asks more of the host, which stumbles more in a run than here: the second slowest time counts.
+    times = [rehearsal.timed_us(forced, overlap)[-2] for forced in choices]
+    times.append(median(rehearsal.timed_us(options, partial(plan_under, SERIAL))))
     *overlapped, serial_us = mail.share("profile/choices", times, list)
     best = choices[overlapped.index(min(overlapped))]
     believed_us = rehearsal.believed_us(best, lambda oldest: choose_regime(oldest, best, profile))
