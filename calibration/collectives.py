@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log2
+from math import log, log2, sqrt
 from statistics import median
 
 import numpy as np
@@ -23,6 +23,8 @@ LEAST_US = 0.1
 # Sizes that are further apart than this factor get a knot between them.
 WIDE_GAP = 1.5
 MORE_CTAS = 8
+# A time that is less than this share of a smaller message's is another protocol's; and the sizes that each has.
+FALLS, LEAST_OF_A_SIDE = 0.95, 2
 AS_FAST = "as fast as with"
 SEEN_CTAS = "CTA count is the most with which messages were seen to be launched"
 Key = tuple[str, int, int]
@@ -119,8 +121,41 @@ def _same(one: dict[int, tuple[float, float]], two: dict[int, tuple[float, float
 def _smoothed(
     op: str, ranks: int, ctas: int, points: dict[int, tuple[float, float]], note: str, seen: dict[int, int]
 ) -> TableFit:
-    """Times at the measured sizes that are near the measured ones and do not bend needlessly: least squares of both,
-    each in units of what is usual."""
+    """Times at the measured sizes. Where a larger message takes less, the library changes its protocol, and each side
+    goes on as it was until halfway."""
+    sides = [_curve({size: points[size] for size in side}) for side in _sides(points)]
+    curve = sides[0][0]
+    for side, _ in sides[1:]:
+        halfway = round(sqrt(curve[-1][0] * side[0][0]))
+        before = _extended(curve[-2], curve[-1], halfway)
+        curve = [*curve, (halfway, before), (halfway + 1, _extended(side[0], side[1], halfway + 1)), *side]
+    sizes = tuple(size for size, _ in curve)
+    known = sorted(seen)
+    launched = tuple(next_larger(known, [seen[other] for other in known], size) for size in sizes) if seen else ()
+    rounded = tuple(float(f"{us:.4g}") for _, us in curve)
+    table = Table(op=op, ranks=ranks, ctas=ctas, bytes=sizes, us=rounded, launched=launched)
+    return TableFit(table, median(error for _, error in sides), note)
+
+
+def _sides(points: dict[int, tuple[float, float]]) -> list[list[int]]:
+    """Sizes, cut where the time falls by more than noise; every side has two sizes or more."""
+    sizes = sorted(points)
+    cuts = [0]
+    for place in range(2, len(sizes) - 1):
+        if points[sizes[place]][0] < points[sizes[place - 1]][0] * FALLS and place - cuts[-1] >= LEAST_OF_A_SIDE:
+            cuts.append(place)
+    return [sizes[first:last] for first, last in pairwise([*cuts, len(sizes)])]
+
+
+def _extended(one: tuple[int, float], two: tuple[int, float], size: int) -> float:
+    """The line through two points, straight in logarithms, at another size."""
+    slope = log(two[1] / one[1]) / log(two[0] / one[0])
+    return float(two[1] * (size / two[0]) ** slope)
+
+
+def _curve(points: dict[int, tuple[float, float]]) -> tuple[list[tuple[int, float]], float]:
+    """Times that are near the measured ones and do not bend needlessly: least squares of both, each in units of what is
+    usual; and the standard error, of the median knot."""
     sizes = sorted({*points, *_between(sorted(points))})
     octaves = np.array([log2(size) for size in sizes])
     weight = np.array([points[size][1] ** -2.0 if size in points else 0.0 for size in sizes])
@@ -128,12 +163,7 @@ def _smoothed(
     bends = _bends(octaves) / USUAL_BEND
     covariance = np.linalg.inv(np.diag(weight) + bends.T @ bends)
     us = np.exp(covariance @ (log_us * weight))
-    error = float(np.median(np.sqrt(np.diag(covariance))))
-    rounded = tuple(float(f"{value:.4g}") for value in us)
-    known = sorted(seen)
-    launched = tuple(next_larger(known, [seen[other] for other in known], size) for size in sizes) if seen else ()
-    table = Table(op=op, ranks=ranks, ctas=ctas, bytes=tuple(sizes), us=rounded, launched=launched)
-    return TableFit(table, error, note)
+    return list(zip(sizes, map(float, us), strict=True)), float(np.median(np.sqrt(np.diag(covariance))))
 
 
 def _between(sizes: Sequence[int]) -> list[int]:

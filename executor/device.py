@@ -191,9 +191,10 @@ class Device:
         return Steps(pieces, (mark.kernel, mark.part), begins, mark.kernel == len(vector))
 
     def _pieces(self, launch: Launch, vector: FunctionVector) -> list[tuple[int, int]]:
-        """The range as one graph where that can be, otherwise cut where communication begins and ends."""
-        mixed = vector.run_end[launch.first] < launch.last
-        if not mixed or (launch.captured and self._graphs() is not None and not self.split):
+        """The range as one graph where that can be, or as one branch of the graph that is being captured, for branches
+        wait for each other dearly; otherwise cut where communication begins and ends."""
+        mixed, holds = vector.run_end[launch.first] < launch.last, self._capturing or self._graphs() is not None
+        if not mixed or (launch.captured and holds and not self.split):
             return [(launch.first, launch.last)]
         pieces, start = [], launch.first
         while start < launch.last:

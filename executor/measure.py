@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from executor.device import Device
 from executor.lanes import StreamKey
 from executor.mail import Mail
 from executor.operations import Collective
-from models.kernel import Fragment, FunctionVector, Kernel, Kind
+from models.kernel import Fragment, Kernel, Kind
 from models.transformer import BatchShape, function_vector
 from policy.round import Lane
 
@@ -25,6 +26,8 @@ COMM = StreamKey(Lane.COMM)
 # Shapes that are measured; others are read between them.
 MAX_SHAPES = 10
 EIGHTHS = (2, 4, 6)
+# GEMMs that are measured beside an all-reduce, at fewer shapes: a large one, and one of few CTAs, which is slowed more.
+PAIRED, MAX_PAIR_SHAPES = ("fc1", "out_proj"), 6
 # A series that is through before the other has begun says nothing of how much slower it could be than this.
 MOST_SLOWDOWN = 8.0
 PAIR_US = 4000.0
@@ -164,32 +167,36 @@ class _Bench:
     # -- side by side -----------------------------------------------------------------------------------------------
 
     def pairs(self, solo: dict[str, Any]) -> list[dict[str, Any]]:
-        """Slowdowns of the widest GEMM and of an all-reduce beside each other, by rows, partition and CTAs."""
+        """Slowdowns of GEMMs and of an all-reduce beside each other, by rows, partition and CTAs."""
         if self.device.parts.lanes.can_capture is False or not solo["comms"]:
             return []  # threads of one host share its cores, which no table describes
-        return [self._pair(solo, withheld, ctas) for withheld in self.partitions for ctas in self.ctas]
+        return [self._pair(name, solo, *regime) for name in PAIRED for regime in product(self.partitions, self.ctas)]
 
-    def _pair(self, solo: dict[str, Any], withheld: int, ctas: int) -> dict[str, Any]:
-        sheet = next(e for e in solo["gemms"] if e["name"] == "fc1" and e["withheld"] == withheld)
+    def _pair(self, name: str, solo: dict[str, Any], withheld: int, ctas: int) -> dict[str, Any]:
+        sheet = next(e for e in solo["gemms"] if e["name"] == name and e["withheld"] == withheld)
         comms = next(e for e in solo["comms"] if e["kind"] == Kind.ALL_REDUCE.value and e["ctas"] == ctas)
-        entry: dict[str, Any] = {"kind": Kind.GEMM.value, "withheld": withheld, "ctas": ctas, "rows": [], "compute": [],
-                                 "comm": []}  # fmt: skip
-        for shape, vector in zip(self.shapes, self.vectors, strict=True):
+        gemm = next(k for k in self.vectors[0].kernels if k.name == name)
+        entry: dict[str, Any] = {
+            "kind": Kind.GEMM.value, "cols": gemm.cols, "inner": gemm.inner, "withheld": withheld, "ctas": ctas,
+            "rows": [], "compute": [], "comm": [],
+        }  # fmt: skip
+        for shape in thinned(self.shapes, MAX_PAIR_SHAPES):
+            vector = self.vectors[self.shapes.index(shape)]
             size = next(k.message_bytes for k in vector.kernels if k.kind is Kind.ALL_REDUCE)
             gemm_us = sheet["us"][-1][sheet["rows"].index(shape.rows)]
             comm_us = comms["us"][comms["bytes"].index(size)]
-            slow = self._side_by_side(vector, shape, (withheld, gemm_us), (ctas, size, comm_us))
+            slow = self._side_by_side(name, shape, (withheld, gemm_us), (ctas, size, comm_us))
             for key, value in (("rows", shape.rows), ("compute", slow[0]), ("comm", slow[1])):
                 entry[key].append(value)
         return entry
 
     def _side_by_side(
-        self, vector: FunctionVector, shape: BatchShape, gemm: tuple[int, float], comm: tuple[int, int, float]
+        self, name: str, shape: BatchShape, gemm: tuple[int, float], comm: tuple[int, int, float]
     ) -> tuple[float, float]:
         withheld, gemm_us = gemm
         ctas, size, comm_us = comm
-        operations = self.device.bound(0, shape)
-        places = [i for i, kernel in enumerate(vector.kernels) if kernel.name == "fc1"]
+        operations, kernels = self.device.bound(0, shape), self.vectors[self.shapes.index(shape)].kernels
+        places = [i for i, kernel in enumerate(kernels) if kernel.name == name]
         calls = [operations[places[n % len(places)]] for n in range(max(2, math.ceil(PAIR_US / gemm_us)))]
         computes: list[Body] = [call for call in calls if not isinstance(call, Collective)]
         comms = [self._collective(Kind.ALL_REDUCE, size, ctas)] * max(2, math.ceil(PAIR_US / comm_us))

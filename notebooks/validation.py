@@ -50,12 +50,12 @@ from weft.notebook import picture_of
 # Paths count from the top of the repository, wherever this is opened.
 os.chdir(next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "benchmarks" / "data").is_dir()))
 DATA = Path("benchmarks/data/h200-x4-2026-11-21")
-LATER = Path("benchmarks/data/h200-x4-2026-11-22"), Path("benchmarks/data/h200-x4-2026-11-22-later")
+LATER = Path("benchmarks/data/h200-x4-2026-11-22-one-by-one")
 # Nodes that were fitted, each to two thirds of one survey and of the kernels of one GPU, all under load; the other
 # third is what they are held against here.
 NODES = {
-    "h200-nvlink-x4-fitted": LATER[0] / "survey-nvlink",
-    "h200-hoststaged-x4-fitted": LATER[1] / "survey-hoststaged",
+    "h200-nvlink-x4-fitted": LATER / "survey-nvlink",
+    "h200-hoststaged-x4-fitted": LATER / "survey-hoststaged",
 }
 KERNELS_FROM, KERNELS = DATA / "survey-kernels", ("gemm", "attention", "elementwise")
 FORWARDS = (DATA / "forward.jsonl", DATA / "second-forward.jsonl")

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 from typing import Any, TypeVar
 
 from models.kernel import Kernel, Kind
@@ -47,6 +48,15 @@ class Sheet:
         return Curve(self.cols, tuple(curve.at(rows) for curve in self.by_cols)).at(cols)
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Slowdowns of a compute kernel and an all-reduce beside each other, by rows. `weights`: how many a GEMM has."""
+
+    weights: float
+    compute: Curve
+    comm: Curve
+
+
 class Table:
     """The look-ups behind a table profile. Raises ValueError naming what the data lack."""
 
@@ -57,9 +67,9 @@ class Table:
             (str(_need(e, "name")), int(_need(e, "withheld"))): _curve(e, "bytes") for e in _need(data, "others")
         }
         self.comms = {(str(_need(e, "kind")), int(_need(e, "ctas"))): _curve(e, "bytes") for e in _need(data, "comms")}
-        pairs = _need(data, "pairs")
-        self.compute_slow = {_pair_key(e): _curve(e, "rows", "compute", grows=False) for e in pairs}
-        self.comm_slow = {_pair_key(e): _curve(e, "rows", "comm", grows=False) for e in pairs}
+        self.pairs: dict[tuple[str, int, int], list[Pair]] = {}
+        for entry in _need(data, "pairs"):
+            self.pairs.setdefault(_pair_key(entry), []).append(_pair(entry))
 
     def solo_us(self, kernel: Kernel, withheld_sms: int, max_ctas: int) -> float:
         """Duration alone. What was not measured under this partition or CTA count is as it is without."""
@@ -70,14 +80,15 @@ class Table:
         return self._found(self.others, kernel.name, withheld_sms).at(kernel.bytes_moved)
 
     def contention(self, compute: Kernel, comm: Kernel, withheld_sms: int, max_ctas: int) -> Contention:
-        """The pair: slowdowns by the compute kernel's kind and rows, as measured beside an all-reduce."""
-        key = (compute.kind.value, withheld_sms, max_ctas)
-        if key not in self.compute_slow:
-            key = (Kind.GEMM.value, withheld_sms, max_ctas)
-        if key not in self.compute_slow:
+        """The pair: slowdowns by the compute kernel's kind and rows, as measured beside an all-reduce; of several GEMMs
+        that were measured, the one whose weights are nearest in size. Of a kind that was not, the largest GEMM's."""
+        choices = ((kind.value, withheld_sms, max_ctas) for kind in (compute.kind, Kind.GEMM))
+        found = next((self.pairs[key] for key in choices if key in self.pairs), None)
+        if found is None:
             return Contention()
-        rows = compute.rows
-        return Contention(max(1.0, self.compute_slow[key].at(rows)), max(1.0, self.comm_slow[key].at(rows)))
+        weights = compute.cols * compute.inner
+        pair = min(found, key=lambda pair: abs(log(pair.weights / weights)) if weights else -pair.weights)
+        return Contention(max(1.0, pair.compute.at(compute.rows)), max(1.0, pair.comm.at(compute.rows)))
 
     def _found(self, table: dict[tuple[str, int], T], name: str, variant: int) -> T:
         found = table.get((name, variant)) or table.get((name, 0))
@@ -91,8 +102,8 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
     they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
-    us}; pairs: {kind, withheld, ctas, rows, compute, comm}. Microseconds and slowdowns; sizes must grow. default_ctas:
-    how many CTAs a collective takes by itself, 0 where nobody knows.
+    us}; pairs: {kind, withheld, ctas, rows, compute, comm}, of GEMMs of several sizes with {cols, inner}. Microseconds
+    and slowdowns; sizes must grow. default_ctas: how many CTAs a collective takes by itself, 0 where nobody knows.
     """
     table = Table(data)
     return Profile(
@@ -119,6 +130,14 @@ def _need(data: Mapping[str, Any], key: str) -> Any:
 
 def _pair_key(entry: Mapping[str, Any]) -> tuple[str, int, int]:
     return str(_need(entry, "kind")), int(_need(entry, "withheld")), int(_need(entry, "ctas"))
+
+
+def _pair(entry: Mapping[str, Any]) -> Pair:
+    weights = entry.get("cols", 1) * entry.get("inner", 1)
+    if not isinstance(weights, int) or weights < 1:
+        sizes = f"{entry.get('cols')!r} x {entry.get('inner')!r}"
+        raise ValueError(f"a profile table has a pair of {sizes}; cols and inner must be whole numbers, 1 or more")
+    return Pair(weights, *(_curve(entry, "rows", side, grows=False) for side in ("compute", "comm")))
 
 
 def _curve(entry: Mapping[str, Any], sizes: str, values: str = "us", *, grows: bool = True) -> Curve:

@@ -225,6 +225,26 @@ def test_a_default_that_was_seen_to_be_what_was_asked_for_is_one_table() -> None
     assert sorted(f.table.ctas for f in tables if f.table.op == "all_reduce") == [8, 16]
 
 
+def test_each_protocol_goes_on_as_it_was_until_halfway_to_where_another_is_seen() -> None:
+    """Up to 768 KiB 100 us a MiB, from 1 MiB on 40 us and as the root of the size: 850 KiB take longer than 1 MiB."""
+    kib = 1024
+    sizes = [64 * kib, 256 * kib, 768 * kib, 1024 * kib, 2048 * kib, 8192 * kib]
+
+    def us(size: int) -> float:
+        return 100.0 * size / 2**20 if size <= 887 * kib else 40.0 * (size / 2**20) ** 0.5
+
+    rows = [
+        Measurement("collective", {"op": "all_reduce", "bytes": size, "num_ranks": 4, "ctas": 0}, {"us": us(size)},
+                    {"us": 0.0}, 9)
+        for size in sizes
+    ]  # fmt: skip
+    table = next(f.table for f in fit_tables(rows, [], load_node(BASE).link, 0.0))
+    for size in (320 * kib, 700 * kib, 850 * kib, 900 * kib, 3000 * kib):
+        assert table.at(size) == pytest.approx(us(size), rel=0.03)
+    flat = [replace(row, values={"us": us(8192 * kib)}) if int(row.at["bytes"]) > 887 * kib else row for row in rows]
+    assert len(next(f.table for f in fit_tables(flat, [], load_node(BASE).link, 0.0)).bytes) < len(table.bytes)
+
+
 def test_what_waits_across_streams_and_graphs_of_many_kernels_cost_is_measured() -> None:
     rows = Surveyor(truth()).host(issue=30.0, event=1.2)
     rows += [Measurement("host", {"name": n}, {"us": v}, {"us": 0.1}, 9) for n, v in HOST_ROWS.items()]
