@@ -34,10 +34,12 @@ RegimeOf = Callable[[tuple[FunctionVector, ...]], Regime]
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Believed microseconds until all flights have passed a few layers, and until the oldest has."""
+    """Believed microseconds until all flights have passed a few layers, and until the oldest has; and whether the
+    device waited for the host in any round."""
 
     total_us: float
     oldest_us: float
+    is_late: bool
 
 
 def choose_regime(vectors: tuple[FunctionVector, ...], options: Options, profile: Profile) -> Regime:
@@ -61,12 +63,12 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
         return SERIAL
 
     @cache
-    def rolled(regime: Regime, host_margin: float = HOST_MARGIN) -> Rollout:  # the best so far competes again and again
+    def rolled(regime: Regime, host_margin: float) -> Rollout:  # the best so far competes at every coordinate
         turns = tuple(map(_shortened, vectors)) * ROLLOUT_TURNS
         return roll(turns, lambda oldest: regime, options, profile, host_margin)
 
     def best_of(candidates: list[Regime]) -> Regime:
-        return candidates[_best([rolled(regime) for regime in candidates])]
+        return candidates[_best([rolled(regime, HOST_MARGIN) for regime in candidates])]
 
     ctas = profile.ctas if options.comm_ctas < 0 else (options.comm_ctas,)
     best = Regime(overrun=1.0, split=options.decomposition != "off")
@@ -76,14 +78,15 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
         best = best_of([best, replace(best, split=False)])
     if options.chunks:
         best = best_of([replace(best, chunks=chunks) for chunks in (1, 2, 4)])
-    # Newcomers enter between rounds: no more windows than the host needs to keep up where it stumbles.
-    longer = [replace(best, windows=windows) for windows in (1, 2, 4)]
-    times = [rolled(regime, profile.host_margin).total_us for regime in longer]
-    best = next(regime for regime, us in zip(longer, times, strict=True) if us <= min(times) * WORTH_IT)
+    if rolled(best, profile.host_margin).is_late:
+        # Newcomers enter between rounds: no more windows than the host needs to keep up where it stumbles.
+        longer = [replace(best, windows=windows) for windows in (1, 2, 4)]
+        times = [rolled(regime, profile.host_margin).total_us for regime in longer]
+        best = next(regime for regime, us in zip(longer, times, strict=True) if us <= min(times) * WORTH_IT)
     if not options.adaptive:
         return best
-    overlapped_us = rolled(best).total_us * profile.overlap_price
-    return SERIAL if rolled(SERIAL).total_us <= overlapped_us * WORTH_IT else best
+    overlapped_us = rolled(best, HOST_MARGIN).total_us * profile.overlap_price
+    return SERIAL if rolled(SERIAL, HOST_MARGIN).total_us <= overlapped_us * WORTH_IT else best
 
 
 def _partitions(ctas: int, options: Options, profile: Profile) -> list[int]:
@@ -116,7 +119,7 @@ def roll(
     """
     queue = tuple(Flight(_stand_in(number, vector)) for number, vector in enumerate(vectors))
     state, queue = State(queue[: options.depth]), queue[options.depth :]
-    elapsed, oldest_us, last = 0.0, 0.0, 0.0
+    elapsed, oldest_us, last, is_late = 0.0, 0.0, 0.0, False
     while state.flights:
         course = Course(state, regime_of(state.oldest), options, profile)
         place_round(course)
@@ -124,12 +127,12 @@ def roll(
         if state.flights[0].batch.batch_id == 0:
             oldest_us = elapsed + max(course.flights[0].ready_us, host_us)
         device_us = min(course.compute.end_us, course.comm.end_us)
-        elapsed += max(device_us, host_us)
+        elapsed, is_late = elapsed + max(device_us, host_us), is_late or host_us > device_us
         last = max(0.0, max(course.compute.end_us, course.comm.end_us) - max(device_us, host_us))
         state = course.state(())
         free = options.depth - len(state.flights)
         state, queue = state._replace(flights=(*state.flights, *queue[:free])), queue[free:]
-    return Rollout(elapsed + last, oldest_us)
+    return Rollout(elapsed + last, oldest_us, is_late)
 
 
 def _stand_in(number: int, vector: FunctionVector) -> Batch:

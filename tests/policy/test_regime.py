@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from models.config import MODELS
 from models.kernel import FunctionVector
 from models.transformer import BatchShape, layer_kernels
+from policy.batch import Batch, Flight, State
+from policy.interleaved import plan_under
 from policy.lanes import Regime
 from policy.regime import SERIAL, choose_regime, roll
 from sim.believe import profile_of
@@ -62,3 +65,25 @@ def test_overlapping_that_was_seen_to_cost_more_than_believed_is_given_up_where_
         seen = replace(profile, overlap_price=price, memo={})
         assert choose_regime(pair, options, seen).overlap is overlaps
     assert choose_regime(pair, replace(options, adaptive=False), replace(profile, overlap_price=9.0, memo={})) == regime
+
+
+def test_the_later_a_host_the_more_windows_a_round_has_and_the_fewer_rounds_there_are() -> None:
+    vector = FunctionVector((), layer_kernels(MODELS["glm-130b"], BatchShape(1, 128), 4), 12)
+    pair, options = (vector, vector), alone(depth=2, adaptive=False)
+    free = replace(profile_of(load_node("h200-hoststaged-x4")), launch_us=0.0, collective_launch_us=0.0,
+                   graph_launch_us=0.0, event_us=0.0, round_us=0.0, host_margin=2.0, memo={})  # fmt: skip
+    found = {us: choose_regime(pair, options, replace(free, round_us=us, memo={})) for us in (0.0, 100.0, 200.0, 400.0)}
+    windows = [regime.windows for regime in found.values()]
+    assert windows == sorted(windows)
+    assert (windows[0], windows[-1]) == (1, 4)
+    assert all(replace(regime, windows=1) == found[0.0] for regime in found.values())
+    scheduler = World("interleaved", load_node("h200-hoststaged-x4"), [(vector,)], options, profile=free).scheduler
+    rounds = {}
+    for us, regime in found.items():
+        scheduler.plan = partial(plan_under, regime)
+        scheduler.restore(State(tuple(Flight(Batch(n, (), BatchShape(1, 128), (vector,), 0.0)) for n in (0, 1))))
+        before = scheduler.num_rounds
+        while scheduler.next_round() is not None:
+            pass
+        rounds[us] = scheduler.num_rounds - before
+    assert rounds[400.0] <= 0.35 * rounds[0.0]
