@@ -26,7 +26,7 @@ NOW = ROOT / "benchmarks" / "data" / "h200-x4-2026-11-22-one-by-one"
 # Survey, and the node that keeps what the survey cannot tell.
 SURVEYS = {"survey-nvlink": "h200-nvlink-x4", "survey-hoststaged": "h200-hoststaged-x4"}
 # Measured again under load: collectives, pairs, schedules. Their hosts were half as fast as those before (a GEMM's call
-# took 178 and 142 us, and 97 and 121 before), so what both timed of a host is the quicker one's.
+# took 173 and 209 us, and 97 and 121 before), so what both timed of a host is the quicker one's.
 NEWER = {
     "survey-nvlink": NOW / "survey-nvlink",
     "survey-hoststaged": NOW / "survey-hoststaged",

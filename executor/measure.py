@@ -91,11 +91,16 @@ class _Bench:
     def _names(self, wanted: Callable[[Kernel], bool]) -> list[str]:
         return list(dict.fromkeys(kernel.name for kernel in self.vectors[0].kernels if wanted(kernel)))
 
+    def _kernels(self, shape: BatchShape) -> tuple[Kernel, ...]:
+        return self.vectors[self.shapes.index(shape)].kernels
+
+    def _places(self, shape: BatchShape, name: str) -> list[int]:
+        """Where kernels of that name are, one in every layer."""
+        return [place for place, kernel in enumerate(self._kernels(shape)) if kernel.name == name]
+
     def _time(self, shape: BatchShape, name: str, withheld: int, part: Fragment | None = None) -> float:
         """One kernel; a different layer's every time, as in a run, so that its weights are not in a cache."""
-        vector = self.vectors[self.shapes.index(shape)]
-        operations = self.device.bound(0, shape)
-        places = [i for i, kernel in enumerate(vector.kernels) if kernel.name == name]
+        operations, places = self.device.bound(0, shape), self._places(shape, name)
         calls: list[Body] = []
         for number in range(self.watch.reps):
             operation = operations[places[number % len(places)]]
@@ -181,8 +186,7 @@ class _Bench:
             "rows": [], "compute": [], "comm": [],
         }  # fmt: skip
         for shape in thinned(self.shapes, MAX_PAIR_SHAPES):
-            vector = self.vectors[self.shapes.index(shape)]
-            size = next(k.message_bytes for k in vector.kernels if k.kind is Kind.ALL_REDUCE)
+            size = next(k.message_bytes for k in self._kernels(shape) if k.kind is Kind.ALL_REDUCE)
             gemm_us = sheet["us"][-1][sheet["rows"].index(shape.rows)]
             comm_us = comms["us"][comms["bytes"].index(size)]
             slow = self._side_by_side(name, shape, (withheld, gemm_us), (ctas, size, comm_us))
@@ -195,8 +199,7 @@ class _Bench:
     ) -> tuple[float, float]:
         withheld, gemm_us = gemm
         ctas, size, comm_us = comm
-        operations, kernels = self.device.bound(0, shape), self.vectors[self.shapes.index(shape)].kernels
-        places = [i for i, kernel in enumerate(kernels) if kernel.name == name]
+        operations, places = self.device.bound(0, shape), self._places(shape, name)
         calls = [operations[places[n % len(places)]] for n in range(max(2, math.ceil(PAIR_US / gemm_us)))]
         computes: list[Body] = [call for call in calls if not isinstance(call, Collective)]
         comms = [self._collective(Kind.ALL_REDUCE, size, ctas)] * max(2, math.ceil(PAIR_US / comm_us))

@@ -51,20 +51,10 @@ class CudaStopwatch:
         self._stream_of = stream_of
 
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
-        """Median over a few replays of the mean call of a series. A replay before them brings ranks together that a
-        collective binds: where one comes late, the others' clocks would run for it."""
+        """Median over a few replays of the mean call of a series."""
         replay, captured = self._captured(key, calls)
-        events = [new_event(timing=True) for _ in range(SERIES + 1)]
-        torch.cuda.synchronize()
-        with torch.inference_mode(), torch.cuda.stream(self._stream_of(key)):
-            replay()
-            hold(HEAD_START_CYCLES if captured else UNCAPTURED_PATIENCE * HEAD_START_CYCLES)
-            events[0].record()
-            for event in events[1:]:
-                replay()
-                event.record()
-        torch.cuda.synchronize()
-        return median(elapsed_us(start, end) / len(calls) for start, end in pairwise(events))
+        patience = 1 if captured else UNCAPTURED_PATIENCE
+        return median(replays_us(self._stream_of(key), replay, SERIES, patience * HEAD_START_CYCLES)) / len(calls)
 
     def together_us(self, one: tuple[StreamKey, list[Body]], two: tuple[StreamKey, list[Body]]) -> tuple[float, float]:
         """Ends of both series, from the moment in which both could start: medians over a few replays."""
@@ -128,3 +118,19 @@ class CudaStopwatch:
                 end.record(stream)
             ends.append(end)
         return ends
+
+
+def replays_us(stream: torch.cuda.Stream, replay: Body, count: int, head_start_cycles: int) -> list[float]:
+    """Microseconds of each of so many replays, all issued while the stream is held for the head start. A replay before
+    them brings ranks together that a collective binds: where one comes late, the others' clocks would run for it."""
+    events = [new_event(timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        replay()
+        hold(head_start_cycles)
+        events[0].record()
+        for event in events[1:]:
+            replay()
+            event.record()
+    torch.cuda.synchronize()
+    return [elapsed_us(start, end) for start, end in pairwise(events)]

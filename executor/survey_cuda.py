@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -19,6 +18,7 @@ from executor.graphs import capture
 from executor.lanes import StreamKey
 from executor.lanes_cuda import CYCLES_PER_US, CudaLanes
 from executor.measure import Stopwatch
+from executor.stopwatch import replays_us
 from executor.survey_bench import Body, Sample, sample_of
 from policy.round import Lane
 
@@ -151,17 +151,9 @@ class CudaBench:
 
     def replays_us(self, graph: Captured, replays: int) -> list[float]:
         """Microseconds of each of several replays."""
-        events = [new_event(timing=True) for _ in range(replays + 1)]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(graph.stream):
-            graph.graph.replay()
-            hold(round(HEAD_START_US * self.cycles_per_us))
-            events[0].record()
-            for event in events[1:]:
-                graph.graph.replay()
-                event.record()
-        torch.cuda.synchronize()
-        return [max(0.01, elapsed_us(start, end) - self.replay_us) for start, end in pairwise(events)]
+        head_start = round(HEAD_START_US * self.cycles_per_us)
+        found = replays_us(graph.stream, graph.graph.replay, replays, head_start)
+        return [max(0.01, us - self.replay_us) for us in found]
 
     def chain_us(self, graphs: Sequence[Captured], turns: int) -> float:
         """Microseconds a graph where the graphs take turns so often, each behind the one before, on whatever streams;

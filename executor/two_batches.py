@@ -73,9 +73,7 @@ def plan(opened: Opened, options: Options) -> list[Launch]:
 
     They will be one graph, so the policy is told that launches and rounds cost nothing.
     """
-    free = replace(opened.profile, launch_us=0.0, collective_launch_us=0.0, graph_launch_us=0.0, event_us=0.0,
-                   round_us=0.0, memo={})  # fmt: skip
-    scheduler = Scheduler("interleaved", options, free, opened.scheduler().vectors_of)
+    scheduler = Scheduler("interleaved", options, opened.profile.of_free_host(), opened.scheduler().vectors_of)
     requests = tuple(replace(r, arrival_us=0.0) for r in opened.run.requests)
     for batch in scheduler.enter((requests, requests), 0.0):
         opened.device.enter(batch, 0.0, lambda slot: None)

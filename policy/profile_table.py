@@ -133,11 +133,11 @@ def _pair_key(entry: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def _pair(entry: Mapping[str, Any]) -> Pair:
-    weights = entry.get("cols", 1) * entry.get("inner", 1)
-    if not isinstance(weights, int) or weights < 1:
-        sizes = f"{entry.get('cols')!r} x {entry.get('inner')!r}"
+    cols, inner = entry.get("cols", 1), entry.get("inner", 1)
+    if not all(isinstance(size, int) and size >= 1 for size in (cols, inner)):
+        sizes = f"{cols!r} x {inner!r}"
         raise ValueError(f"a profile table has a pair of {sizes}; cols and inner must be whole numbers, 1 or more")
-    return Pair(weights, *(_curve(entry, "rows", side, grows=False) for side in ("compute", "comm")))
+    return Pair(cols * inner, *(_curve(entry, "rows", side, grows=False) for side in ("compute", "comm")))
 
 
 def _curve(entry: Mapping[str, Any], sizes: str, values: str = "us", *, grows: bool = True) -> Curve:

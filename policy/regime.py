@@ -11,7 +11,7 @@ from models.transformer import BatchShape
 from policy.batch import Batch, Flight, State
 from policy.lanes import Course, Regime
 from policy.options import Options
-from policy.profile import Profile
+from policy.profile import HOST_MARGIN, Profile
 from policy.window import place_round
 
 ROLLOUT_LAYERS = 4
@@ -23,10 +23,6 @@ TIE = 1.005
 # So many of each batch go through a rollout, as many at a time as may be in flight: with one of each, filling and
 # draining the lanes would count as much as the run between.
 ROLLOUT_TURNS = 2
-
-# A host whose prices never vary needs this much longer for a round than they add up to, where it is the limit
-# (simulated).
-HOST_MARGIN = 1.065
 
 SERIAL = Regime(overlap=False)
 RegimeOf = Callable[[tuple[FunctionVector, ...]], Regime]

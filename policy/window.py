@@ -20,9 +20,9 @@ def place_round(course: Course) -> None:
     if len(course.flights) == 1 or not course.regime.overlap:
         issue_alone(course)
         return
-    oldest = len(course.flights[0].vector)
+    end = len(course.flights[0].vector)
     for _ in range(course.regime.windows):
-        if course.flights[0].cursor < oldest:
+        if course.flights[0].cursor < end:
             fill_window(course)
 
 

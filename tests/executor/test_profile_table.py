@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.kernel import Fragment, Kind, collective, elementwise, gemm
+from models.kernel import Fragment, Kernel, Kind, collective, elementwise, gemm
 from policy.profile_table import profile_from
 from tests.executor.worlds import beliefs
 
@@ -82,3 +82,29 @@ def test_a_factor_that_is_none_is_refused(name: str, price: object) -> None:
     assert getattr(profile_from(beliefs() | {name: 1.25}), name) == 1.25
     with pytest.raises(ValueError, match=name):
         profile_from(beliefs() | {name: price})
+
+
+@pytest.mark.parametrize("sizes", [{"cols": 0}, {"cols": "wide", "inner": "deep"}, {"inner": 2.5}, {"cols": None}])
+def test_a_gemm_of_no_size_beside_a_collective_is_refused(sizes: dict[str, object]) -> None:
+    table = beliefs()
+    table["pairs"] = [{**pair, **sizes} for pair in table["pairs"]]
+    assert table["pairs"]
+    with pytest.raises(ValueError, match="cols and inner must be whole numbers"):
+        profile_from(table)
+
+
+def test_of_gemms_beside_a_collective_the_one_of_nearest_size_is_believed() -> None:
+    table = beliefs()
+    first = table["pairs"][0]
+    flat = {"rows": [1, 4096], "comm": [1.0, 1.0]}
+    large = {**first, **flat, "kind": "gemm", "withheld": 0, "ctas": 0, "cols": 8192, "inner": 8192}
+    small = {**large, "cols": 1024, "inner": 1024}
+    table["pairs"] = [{**large, "compute": [1.25, 1.25]}, {**small, "compute": [1.75, 1.75]}]
+    profile, beside = profile_from(table), collective("sum", Kind.ALL_REDUCE, 1 << 20, 4)
+
+    def slowdown(kernel: Kernel) -> float:
+        return profile.contention(kernel, beside, 0, 0).compute
+
+    assert slowdown(gemm("fc1", 64, 8192, 6000)) == 1.25
+    assert slowdown(gemm("out_proj", 64, 1024, 2000)) == 1.75
+    assert slowdown(elementwise("norm", 100)) == 1.25

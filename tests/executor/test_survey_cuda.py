@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor import survey_cuda, survey_pairs
+from executor import stopwatch, survey_cuda, survey_pairs
 from executor.lanes import StreamKey
 from executor.survey_cuda import REPLAYS, CudaBench
 from executor.survey_pairs import PHASES, Comm, Pairs, shares
@@ -114,7 +114,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "new_event": lambda **_: Event(gpu), "new_stream": lambda device, level: gpu.stream(level),
         "priorities": lambda: (0, -5),
     }  # fmt: skip
-    for module in (survey_cuda, survey_pairs):
+    for module in (stopwatch, survey_cuda, survey_pairs):
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)

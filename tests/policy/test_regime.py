@@ -70,8 +70,7 @@ def test_overlapping_that_was_seen_to_cost_more_than_believed_is_given_up_where_
 def test_the_later_a_host_the_more_windows_a_round_has_and_the_fewer_rounds_there_are() -> None:
     vector = FunctionVector((), layer_kernels(MODELS["glm-130b"], BatchShape(1, 128), 4), 12)
     pair, options = (vector, vector), alone(depth=2, adaptive=False)
-    free = replace(profile_of(load_node("h200-hoststaged-x4")), launch_us=0.0, collective_launch_us=0.0,
-                   graph_launch_us=0.0, event_us=0.0, round_us=0.0, host_margin=2.0, memo={})  # fmt: skip
+    free = replace(profile_of(load_node("h200-hoststaged-x4")).of_free_host(), host_margin=2.0)
     found = {us: choose_regime(pair, options, replace(free, round_us=us, memo={})) for us in (0.0, 100.0, 200.0, 400.0)}
     windows = [regime.windows for regime in found.values()]
     assert windows == sorted(windows)
