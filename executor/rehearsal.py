@@ -33,8 +33,9 @@ MOST_REHEARSED = 4
 # What is rehearsed, and how often: enough batches for unlike ones to meet, enough layers for them to be out of step.
 BATCHES, LAYERS, REHEARSALS = 12, 8, 5
 
-# Of 1100-2200 rounds of OPT-30B on four GPUs, the host's slowest tenth took 1.4 times the median and the slowest
-# hundredth 2.6 times; the ranks' medians differed by 1.0-1.8; and all ranks wait for the one that stumbles.
+# In seven runs of OPT-30B on four GPUs the slowest tenth of a rank's rounds took its host 1.7 times the median or more,
+# and the slowest hundredth 3.3 times; the ranks' medians differed by 1.2-1.7; and all ranks wait for the one that
+# stumbles (host-rounds.jsonl in benchmarks/data/h200-x4-2026-11-22-one-by-one).
 STUMBLING_HOST = 2.0
 
 overlap = POLICIES["interleaved"]
