@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_world import BELIEFS
 from executor.cuda import replay_us
 from executor.inputs import tokens_of
 from executor.lanes import StreamKey
@@ -20,8 +22,9 @@ from policy.options import Options
 from policy.round import Lane
 from policy.scheduler import Scheduler
 
-# Every variant is timed in turn, several times over, so that a drift of the clock hits all alike.
-PASSES, PASS_US = 3, 150_000.0
+# Every variant is timed in turn, several times over, so that a drift of the clock hits all alike. Before it is timed it
+# runs for long enough that the GPU's power, and the clock with it, are its own and not the last variant's.
+PASSES, PASS_US, RUN_IN = 3, 150_000.0, 2
 # SM partitions and CTAs that are tried besides the policy's choice.
 FORCED = ((0, 0), (0, 8), (16, 8), (32, 8))
 
@@ -36,9 +39,13 @@ def two_batches(session: Session, opened: Opened) -> dict[str, Any]:
 
 def _lives(opened: Opened) -> dict[str, Any]:
     """Both batches admitted at once and driven by the host, as in serving: until everything has ended."""
-    tensor = Scheduler("tensor", opened.run.options, opened.profile, opened.scheduler().vectors_of)
+    always = replace(opened.run.options, adaptive=False)
+    tensor, overlapped = (
+        Scheduler(policy, options, opened.profile, opened.scheduler().vectors_of)
+        for policy, options in (("tensor", opened.run.options), ("interleaved", always))
+    )
     found = {}
-    for name, scheduler in (("tensor", tensor), ("interleaved", opened.scheduler())):
+    for name, scheduler in (("tensor", tensor), ("interleaved", opened.scheduler()), ("overlapped", overlapped)):
         count = 2 if scheduler.overlapping else 1
         times = []
         for number in range(8):
@@ -68,16 +75,19 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
         except RuntimeError as error:
             notes[f"{name}_error"] = " ".join(str(error).split())[:200]
     times = _timed(session, variants)
-    compute, comm, serial = times["compute"], times["comm"], times["serial"]
+    # Without collectives nothing binds the ranks, and the slowest GPU is the one that others would wait for.
+    by_rank = session.mail.share("computes", session.mail.gather("compute", times["compute"], float), list)
+    compute, comm, serial = max(by_rank), times["comm"], times["serial"]
     ideal = 2.0 * max(compute, comm)
     plans = {name: t for name, t in times.items() if name not in ("compute", "comm", "serial")}
     best = min(plans, key=lambda name: plans[name]) if plans else ""
     return {
-        "compute_ms": compute, "comm_ms": comm, "serial_ms": serial, "ideal_ms": ideal, "plans_ms": plans,
-        "best": best, "policy_efficiency": ideal / plans["policy"] if "policy" in plans else None,
+        "compute_ms": compute, "compute_ms_by_rank": by_rank, "comm_ms": comm, "serial_ms": serial, "ideal_ms": ideal,
+        "plans_ms": plans, "best": best, "policy_efficiency": ideal / plans["policy"] if "policy" in plans else None,
         "policy_gain": serial / plans["policy"] if "policy" in plans else None,
         "best_efficiency": ideal / plans[best] if best else None, "best_gain": serial / plans[best] if best else None,
         "ideal_gain": serial / ideal, "notes": notes, "difference": _difference(opened, variants),
+        "beliefs": {key: opened.table.get(key) for key in BELIEFS} if opened.table else None,
     }  # fmt: skip
 
 
@@ -118,6 +128,8 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
     torch.cuda.synchronize()
     dist.barrier()
     torch.cuda.synchronize()
+    for _ in range(RUN_IN * count):
+        graph.replay()
     return replay_us(graph, count)
 
 

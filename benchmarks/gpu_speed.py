@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_world import Suite
+from benchmarks.gpu_world import BELIEFS, Suite
 from executor.launch import launch
 from executor.results import Output
 from executor.settings import RunSettings, Settings
@@ -103,10 +103,6 @@ def _serve(
     for rate, run, output in zip(rates, runs[1:], outputs, strict=True):
         suite.emit(model=model.model_id, num_layers=model.num_layers, policy=policy, layout=[layout.tp, layout.pp],
                    rate=rate, num_requests=len(run.requests), **about, **_served(output))  # fmt: skip
-
-
-# What rehearsals have made of the policy's beliefs.
-BELIEFS = ("launch_us", "round_us", "host_margin", "partitions", "ctas", "rehearsed", "serial_us", "overlap_price")
 
 
 def _served(output: Output) -> dict[str, Any]:

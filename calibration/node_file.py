@@ -112,7 +112,7 @@ def beliefs(node: NodeSpec, config: ModelConfig, tp: int, rows: Sequence[Measure
     return {
         "name": f"{node.name}, {config.model_id}", "partitions": list(partitions), "ctas": ctas,
         "launch_us": node.host.graph_launch_us + 2 * node.host.event_us,  # most launches are graphs
-        "round_us": node.host.plan_us + node.host.synchronize_us,
+        "round_us": node.host.plan_us + node.host.synchronize_us, "crossing_us": node.device.event_gap_us,
         "gemms": gemms, "others": others, "comms": believer.comms(tp, ctas),
         "pairs": [entry for w in partitions for c in ctas for entry in believer.pairs(layers, tp, w, c)],
     }  # fmt: skip

@@ -44,6 +44,9 @@ class Stopwatch(Protocol):
     def together_us(self, one: tuple[StreamKey, list[Body]], two: tuple[StreamKey, list[Body]]) -> tuple[float, float]:
         """When the last call of each list ended, both lists having begun together on two queues."""
 
+    def crossing_us(self) -> float:
+        """How much later work starts that waits for another queue than behind its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -60,7 +63,11 @@ def measure(device: Device, choices: Choices, watch: Stopwatch, mail: Mail, name
     bench = _Bench(device, choices, watch)
     solo = mail.share("profile/solo", bench.solo(), dict)
     pairs = mail.share("profile/pairs", bench.pairs(solo), list)
-    return {"name": name, "partitions": choices.partitions, "ctas": choices.ctas, **solo, "pairs": pairs}
+    crossing_us = mail.share("profile/crossing", watch.crossing_us(), float)
+    return {
+        "name": name, "partitions": choices.partitions, "ctas": choices.ctas, "crossing_us": crossing_us,
+        **solo, "pairs": pairs,
+    }  # fmt: skip
 
 
 class _Bench:

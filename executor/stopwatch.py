@@ -12,6 +12,7 @@ import torch
 from executor.cuda import elapsed_us, hold, new_event
 from executor.graphs import capture
 from executor.lanes import StreamKey
+from policy.round import Lane
 
 Body = Callable[[], None]
 # Long enough for the host to launch two graphs.
@@ -19,6 +20,8 @@ HEAD_START_CYCLES = 600_000
 # Calls that could not be captured are launched one by one.
 UNCAPTURED_PATIENCE = 8
 SERIES = 3
+# Graphs of so many small kernels that take turns on two streams, and how often.
+FEW, HOPS = 2, 20
 Replayed = tuple[Callable[[], None], bool]
 
 
@@ -40,6 +43,10 @@ class CpuStopwatch:
     def together_us(self, one: tuple[StreamKey, list[Body]], two: tuple[StreamKey, list[Body]]) -> tuple[float, float]:
         """Threads of one host share its cores; nothing is measured."""
         raise NotImplementedError("side by side is measured on GPUs alone")
+
+    def crossing_us(self) -> float:
+        """A queue's thread goes on as soon as another is through."""
+        return 0.0
 
 
 class CudaStopwatch:
@@ -64,6 +71,19 @@ class CudaStopwatch:
             start, (first, second) = self._race(graphs)
             ends.append((elapsed_us(start, first), elapsed_us(start, second)))
         return median(end for end, _ in ends), median(end for _, end in ends)
+
+    def crossing_us(self) -> float:
+        """How much later a graph starts that waits for one on another stream than behind it on its own."""
+        small = torch.zeros(16, device="cuda")
+
+        def call() -> None:
+            small.add_(1.0)
+
+        keys = StreamKey(Lane.COMPUTE), StreamKey(Lane.COMM)
+        graphs = [(self._stream_of(key), self._captured(key, [call] * FEW)[0]) for key in keys]
+        apart = median(chain_us(graphs, HOPS, HEAD_START_CYCLES) for _ in range(SERIES))
+        in_series = median(chain_us(graphs[:1] * 2, HOPS, HEAD_START_CYCLES) for _ in range(SERIES))
+        return max(0.0, apart - in_series)
 
     def _captured(self, key: StreamKey, calls: Sequence[Body]) -> Replayed:
         """The calls as one graph; as they are where a driver cannot capture on that stream."""
@@ -134,3 +154,26 @@ def replays_us(stream: torch.cuda.Stream, replay: Body, count: int, head_start_c
             event.record()
     torch.cuda.synchronize()
     return [elapsed_us(start, end) for start, end in pairwise(events)]
+
+
+def chain_us(links: Sequence[tuple[torch.cuda.Stream, Body]], turns: int, cycles_each: int) -> float:
+    """Microseconds of one of these where they take turns so often, each behind the one before, on whatever streams.
+    Their first stream is held for so many cycles for each, so that all is issued before the first one starts."""
+    start, end = new_event(timing=True), new_event(timing=True)
+    torch.cuda.synchronize()
+    last = links[0][0]
+    with torch.inference_mode():
+        with torch.cuda.stream(last):
+            hold(turns * len(links) * cycles_each)
+            start.record()
+        for stream, replay in [*links] * turns:
+            if stream is not last:
+                behind = new_event()
+                behind.record(last)
+                stream.wait_event(behind)
+            with torch.cuda.stream(stream):
+                replay()
+            last = stream
+        end.record(last)
+    torch.cuda.synchronize()
+    return elapsed_us(start, end) / (turns * len(links))

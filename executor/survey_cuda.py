@@ -18,7 +18,7 @@ from executor.graphs import capture
 from executor.lanes import StreamKey
 from executor.lanes_cuda import CYCLES_PER_US, CudaLanes
 from executor.measure import Stopwatch
-from executor.stopwatch import replays_us
+from executor.stopwatch import chain_us, replays_us
 from executor.survey_bench import Body, Sample, sample_of
 from policy.round import Lane
 
@@ -158,22 +158,8 @@ class CudaBench:
     def chain_us(self, graphs: Sequence[Captured], turns: int) -> float:
         """Microseconds a graph where the graphs take turns so often, each behind the one before, on whatever streams;
         everything is issued before the first one starts."""
-        start, end = new_event(timing=True), new_event(timing=True)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(graphs[0].stream):
-            hold(round(turns * len(graphs) * HEAD_START_US * self.cycles_per_us))
-            start.record()
-        last = graphs[0].stream
-        for graph in [*graphs] * turns:
-            if graph.stream is not last:
-                behind = new_event()
-                behind.record(last)
-                graph.stream.wait_event(behind)
-            graph.replay()
-            last = graph.stream
-        end.record(last)
-        torch.cuda.synchronize()
-        return elapsed_us(start, end) / (turns * len(graphs))
+        links = [(graph.stream, graph.graph.replay) for graph in graphs]
+        return chain_us(links, turns, round(HEAD_START_US * self.cycles_per_us))
 
     def alone_us(self, graph: Captured) -> float:
         """A whole graph with the device to itself."""

@@ -151,8 +151,9 @@ class Course:
 
     # -- placing ----------------------------------------------------------------------------------------------------
 
-    def place(self, index: int, last: int, part: Fragment | None = None) -> None:
-        """Put kernels [cursor, last) of a flight, or one piece of the kernel at its cursor, on their lane."""
+    def place(self, index: int, last: int, part: Fragment | None = None, *, joined: bool = False) -> None:
+        """Put kernels [cursor, last) of a flight, or one piece of the kernel at its cursor, on their lane. `joined`: it
+        will be issued as one with the launch before it, so it waits for nothing else."""
         flight, ctas = self.flights[index], self.regime.max_ctas
         batch, first = flight.batch, flight.cursor
         vector = batch.vectors[0]
@@ -163,11 +164,12 @@ class Course:
         else:
             main = vector.kernels[first].fragment(part)
             alone_us = self.profile.solo_us(main, withheld, ctas)
-        start = self.start_us(index)
+        lane = Lane.COMM if comm else Lane.COMPUTE if index == 0 else Lane.FILL
+        waits = self._waits(index, lane)
+        start = self.start_us(index) + (self.profile.crossing_us if waits and not joined else 0.0)
         end = on_grid(self._stretched(start, alone_us, main))
         self._delay_other(main, start, end)
-        lane = Lane.COMM if comm else Lane.COMPUTE if index == 0 else Lane.FILL
-        self._emit(index, last, part, lane, withheld)
+        self._emit(index, last, part, lane, waits, withheld)
         if part is None or part.stop == part.of:
             self.flights[index] = Flight(batch, last, 0, 1, "", end, lane, flight.protected)
         else:
@@ -187,13 +189,20 @@ class Course:
         self.compute = self.compute._replace(end_us=max(self.compute.end_us, flight.ready_us))
         self.comm = self.comm._replace(end_us=max(self.comm.end_us, flight.ready_us))
 
-    def _emit(self, index: int, last: int, part: Fragment | None, lane: Lane, withheld: int) -> None:
+    def _waits(self, index: int, lane: Lane) -> tuple[Mark, ...]:
+        """What the flight's next launch, on that lane, must wait for on other lanes."""
         flight = self.flights[index]
         waits = [flight.mark] if flight.lane is not None and flight.lane is not lane else []
         if lane is Lane.FILL and (behind := self._window_start(index)) is not None:
             waits.append(behind)
+        return tuple(waits)
+
+    def _emit(
+        self, index: int, last: int, part: Fragment | None, lane: Lane, waits: tuple[Mark, ...], withheld: int
+    ) -> None:
+        flight = self.flights[index]
         launch = Launch(
-            flight.batch.batch_id, flight.cursor, last, lane, tuple(waits), part,
+            flight.batch.batch_id, flight.cursor, last, lane, waits, part,
             captured=self.options.capture and last - flight.cursor > 1, withheld_sms=withheld,
             max_ctas=self.regime.max_ctas if lane is Lane.COMM else 0,
         )  # fmt: skip

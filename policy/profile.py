@@ -38,6 +38,7 @@ class Profile:
     compute and for the CTAs of collectives (0: the library's default, `default_ctas`). The host's prices:
     `launch_us` of a launch, `collective_launch_us` of a collective's and `graph_launch_us` of a graph's (0: the same),
     `event_us` of each event that it records or waits for, `round_us` of a round besides: deciding, telling, waking up.
+    `crossing_us`: how much later the device starts a launch that waits for one on another lane than one behind its own.
     `host_margin`: how much longer than these prices add up to a round should last, so that a host that stumbles is
     seldom late. `overlap_price`: how much longer than believed overlapping takes, beside one batch at a time; as seen
     where both were tried.
@@ -54,6 +55,7 @@ class Profile:
     graph_launch_us: float = 0.0
     event_us: float = 0.0
     round_us: float = 0.0
+    crossing_us: float = 0.0
     host_margin: float = HOST_MARGIN
     overlap_price: float = 1.0
     # What policies have worked out from this profile; it goes when the profile goes.

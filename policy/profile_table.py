@@ -98,8 +98,8 @@ class Table:
 
 
 def profile_from(data: Mapping[str, Any]) -> Profile:
-    """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us and round_us, 0 where
-    they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried.
+    """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us, round_us and
+    crossing_us, 0 where they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
     us}; pairs: {kind, withheld, ctas, rows, compute, comm}, of GEMMs of several sizes with {cols, inner}. Microseconds
@@ -110,6 +110,7 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
         launch_us=float(data.get("launch_us", 0.0)),
         round_us=float(data.get("round_us", 0.0)),
+        crossing_us=float(data.get("crossing_us", 0.0)),
         host_margin=_factor(data, "host_margin", Profile.host_margin),
         overlap_price=_factor(data, "overlap_price", 1.0),
     )  # fmt: skip

@@ -41,15 +41,16 @@ def issue_alone(course: Course) -> None:
     # Drivers keep graphs of ranges that begin where a layer does; what others left of one goes piece by piece.
     _place_until(course, flight.cursor + begun)
     first = len(course.launches)
-    _place_until(course, goal)
+    _place_until(course, goal, joined=course.options.capture)
     if course.options.capture and len(course.launches) > first + 1:
         _merge(course, first)
 
 
-def _place_until(course: Course, goal: int) -> None:
-    """The oldest flight, run by run."""
+def _place_until(course: Course, goal: int, *, joined: bool = False) -> None:
+    """The oldest flight, run by run; the runs behind the first one `joined` to it."""
+    first = len(course.launches)
     while course.flights[0].cursor < goal:
-        course.place(0, course.run_end(course.flights[0]))
+        course.place(0, course.run_end(course.flights[0]), joined=joined and len(course.launches) > first)
 
 
 def _rest_of_layer(flight: Flight) -> int:

@@ -44,6 +44,7 @@ def profile_of(node: NodeSpec, error: float = 1.0) -> Profile:
         graph_launch_us=node.host.graph_launch_us,
         event_us=node.host.event_us,
         round_us=node.host.plan_us + node.host.synchronize_us,
+        crossing_us=node.device.event_gap_us,
     )
 
 

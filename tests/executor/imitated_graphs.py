@@ -57,5 +57,5 @@ if __name__ == "__main__":
         return Backing(backing.lanes, ImitatedGraphs(), backing.stopwatch, backing.close)
 
     vars(session)["make_backing"] = imitated
-    vars(rehearsal)["LAYERS"] = 1  # so that these small models are rehearsed in part, as large ones are
+    vars(rehearsal)["MOST_TURNS"] = 2  # as few as of a deep model
     os._exit(main())
