@@ -24,7 +24,7 @@ from policy.scheduler import Scheduler
 
 # Every variant is timed in turn, several times over, so that a drift of the clock hits all alike. Before it is timed it
 # runs for long enough that the GPU's power, and the clock with it, are its own and not the last variant's.
-PASSES, PASS_US, RUN_IN = 3, 150_000.0, 2
+PASSES, PASS_US, RUN_IN = 3, 150_000.0, 4
 # SM partitions and CTAs that are tried besides the policy's choice.
 FORCED = ((0, 0), (0, 8), (16, 8), (32, 8))
 

@@ -36,8 +36,10 @@ KERNELS_FROM = "survey-kernels"
 # Whole forwards, of which one after the other and its parts alone say what a collective waits for.
 FORWARDS = "second-forward.jsonl"
 SUFFIX = "-fitted"
-# Of two GPUs everything was measured under load: link mode, and the node that keeps what that cannot tell.
+# Of two GPUs everything was measured under load, and collectives, pairs and schedules again: link mode, and the node that
+# keeps what that cannot tell.
 TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
+TWO_NOW = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-to-the-end"
 OF_TWO = {"nvlink": "h200-nvlink-x4", "hoststaged": "h200-hoststaged-x4"}
 KERNELS_OF_TWO = ("survey-kernels-opt-glm", "survey-kernels-glm-llama")
 
@@ -55,17 +57,22 @@ def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec
     conditions, rows, about = read_folders([newer, DATA / KERNELS_FROM], base + SUFFIX)
     num_first = len(rows) - len(read_measurements(DATA / KERNELS_FROM)[1])
     survey = [row for row in rows[:num_first] if row.what not in KERNELS]
-    if newer != folder:
-        quicker = {row.at["name"]: row for row in read_measurements(folder)[1] if row.what == "host"}
-        survey = [quicker.get(row.at["name"], row) if row.what == "host" else row for row in survey]
+    survey = of_the_quicker_host(survey, folder)
     forwards = forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
     return [survey, rows[num_first:], forwards], on_machine(load_node(base), conditions[0]), about
 
 
+def of_the_quicker_host(rows: list[Measurement], before: Path) -> list[Measurement]:
+    """What a survey timed of its host, as the survey before had it where that did."""
+    quicker = {row.at["name"]: row for row in read_measurements(before)[1] if row.what == "host"}
+    return [quicker.get(row.at["name"], row) if row.what == "host" else row for row in rows]
+
+
 def fitted_of_two(mode: str, base: str) -> Fit:
     """The same of two GPUs."""
-    folders = [TWO / f"schedules-{mode}", TWO / f"survey-{mode}", *(TWO / name for name in KERNELS_OF_TWO)]
+    folders = [TWO_NOW / f"survey-{mode}", *(TWO / name for name in KERNELS_OF_TWO)]
     conditions, rows, about = read_folders(folders, f"h200-{mode}-x2{SUFFIX}")
+    rows = of_the_quicker_host(rows, TWO / f"survey-{mode}")
     return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
 
 

@@ -191,8 +191,8 @@ class Device:
         return Steps(pieces, (mark.kernel, mark.part), begins, mark.kernel == len(vector))
 
     def _pieces(self, launch: Launch, vector: FunctionVector) -> list[tuple[int, int]]:
-        """The range as one graph where that can be, or as one branch of the graph that is being captured, for branches
-        wait for each other dearly; otherwise cut where communication begins and ends."""
+        """The range as one graph where that can be, or as one branch of the graph that is being captured; otherwise cut
+        where communication begins and ends."""
         mixed, holds = vector.run_end[launch.first] < launch.last, self._capturing or self._graphs() is not None
         if not mixed or (launch.captured and holds and not self.split):
             return [(launch.first, launch.last)]
