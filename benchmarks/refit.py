@@ -36,8 +36,8 @@ KERNELS_FROM = "survey-kernels"
 # Whole forwards, of which one after the other and its parts alone say what a collective waits for.
 FORWARDS = "second-forward.jsonl"
 SUFFIX = "-fitted"
-# Of two GPUs everything was measured under load, and collectives, pairs and schedules again: link mode, and the node that
-# keeps what that cannot tell.
+# Of two GPUs everything was measured under load, and collectives, pairs and schedules again: link mode, and the node
+# that keeps what that cannot tell.
 TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
 TWO_NOW = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-to-the-end"
 OF_TWO = {"nvlink": "h200-nvlink-x4", "hoststaged": "h200-hoststaged-x4"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,7 +32,7 @@ SIDES = ("compute_slowdown", "comm_slowdown")
 DELAY = "start_delay_us"
 BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwise": "elementwise_by_comm"}
 BACK = {"gemm": "comm_by_compute", "attention": "comm_by_attention", "elementwise": "comm_by_elementwise"}
-STREAM, BY_TRAFFIC = "comm_stream_by_compute", "by_traffic"
+STREAM, BY_TRAFFIC, INDEPENDENT = "comm_stream_by_compute", "by_traffic", "independent_ctas"
 # Beside a collective of how many CTAs slowdowns are said, where several numbers of CTAs were measured.
 PER_CTAS = 16.0
 # Small and large kernels of a kind differ by this much at least.
@@ -70,9 +71,17 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     estimates, choices = dict[str, Estimate](), dict[str, str]()
     traffic = base.link.hbm_per_byte
     if usable:
-        if 0 in (counts := {ctas_of(row) for row in usable}) and len(counts) > 1:
-            base = _contending(base, per_ctas=base.contention.per_ctas or PER_CTAS)
-            base = _with_counts(base, usable)
+        counts = {ctas_of(row) for row in usable}
+        ways = [base, _linked(base, independent_ctas=not base.link.independent_ctas)]
+        if 0 in counts and len(counts) > 1:
+            per = base.contention.per_ctas or PER_CTAS
+            ways = [_with_counts(_contending(way, per_ctas=per), usable) for way in ways]
+        costs = [_cost(usable, way) for way in ways]
+        base = ways[costs.index(min(costs))]
+        if min(costs) < max(costs):
+            begin = "one by one" if base.link.independent_ctas else "together"
+            told = f"robust cost of pairs {min(costs):.0f}, the other way {max(costs):.0f}"
+            choices[INDEPENDENT] = f"CTAs of collectives begin {begin} ({told})"
         solution = solve(_problem(usable, base, _parameters(usable, base)))
         if _tells_traffic(usable):
             other = _contending(base, by_traffic=True)
@@ -120,6 +129,11 @@ def _contending(base: NodeSpec, **changes: float) -> NodeSpec:
     return msgspec.structs.replace(base, contention=msgspec.structs.replace(base.contention, **changes))
 
 
+def _linked(base: NodeSpec, **changes: Any) -> NodeSpec:
+    """The node with other links."""
+    return msgspec.structs.replace(base, link=msgspec.structs.replace(base.link, **changes))
+
+
 def _with_counts(base: NodeSpec, rows: Sequence[Measurement]) -> NodeSpec:
     """How many CTAs the library's default has, and with how many the GEMM library fills a wave, is what explains best
     how they get on with each other: whether both fit on the SMs decides whether a GEMM needs a wave more. The second is
@@ -154,7 +168,7 @@ def _default_of(base: NodeSpec, usual: int, ctas: int, ranks: int) -> NodeSpec:
         msgspec.structs.replace(t, ctas=ctas) if (t.op, t.ranks, t.ctas) == ("all_reduce", ranks, usual) else t
         for t in base.link.tables
     )
-    return msgspec.structs.replace(base, link=msgspec.structs.replace(base.link, tables=tables, default_ctas=ctas))
+    return _linked(base, tables=tables, default_ctas=ctas)
 
 
 def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Parameter, ...]) -> Problem:
@@ -197,5 +211,4 @@ def _alone_us(row: Measurement) -> float:
 
 def _with(base: NodeSpec, values: dict[str, float]) -> NodeSpec:
     known = {field: values[field] for field in ContentionSpec.__struct_fields__ if field in values}
-    link = msgspec.structs.replace(base.link, hbm_per_byte=values[TRAFFIC])
-    return msgspec.structs.replace(_contending(base, **known), link=link)
+    return _linked(_contending(base, **known), hbm_per_byte=values[TRAFFIC])

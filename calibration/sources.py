@@ -41,6 +41,8 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
     default = fit.choices.get("default_ctas")
     sources["link.default_ctas"] = f"{told}, {default}" if default else _base(base, "link.default_ctas")
+    begin = fit.choices.get("independent_ctas")
+    sources["link.independent_ctas"] = f"{told}, {begin}" if begin else _base(base, "link.independent_ctas")
     if fit.node.gemms:
         num = len({(table.cols, table.inner) for table in fit.node.gemms})
         new = fit.node.gemms != base.gemms

@@ -92,7 +92,7 @@ def corrected(
 ) -> dict[str, Any]:
     """A measured profile with the host's prices and, where there are graphs, one choice of SMs and CTAs and what
     overlapping costs beyond belief. Equal on all ranks."""
-    rehearsal = Rehearsal(run, device, profile_from(table), _first_batches(run))
+    rehearsal = Rehearsal(run, device, profile_from(table), first_batches(run))
     prices = mail.gather("profile/prices", rehearsal.prices_us(), tuple)
     # Collectives bind the ranks, so the slowest host sets the pace.
     launch_us, round_us = mail.share("profile/host", tuple(map(max, zip(*prices, strict=True))), tuple)
@@ -147,7 +147,7 @@ def _forced(options: Options, withheld: int, ctas: int) -> Options:
     return replace(options, adaptive=False, partition=withheld, comm_ctas=ctas)
 
 
-def _first_batches(run: RunSettings) -> list[BatchShape]:
+def first_batches(run: RunSettings) -> list[BatchShape]:
     """The shapes of a run's first full batches, over and over if it has few; the deeper the model, the fewer."""
     size = min(run.options.batch_size, len(run.requests))
     full = [shape_of(run.requests[at : at + size], run.options) for at in range(0, len(run.requests) - size + 1, size)]

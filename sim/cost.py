@@ -7,7 +7,7 @@ from functools import cache
 
 from models.kernel import Kernel, Kind, gemm
 from policy.batch import TICK_US, on_grid
-from sim.spec import ContentionSpec, DeviceSpec, GemmTable, NodeSpec, Table
+from sim.spec import ContentionSpec, DeviceSpec, GemmTable, NodeSpec, Table, between
 
 DEFAULT_PATH = ""
 # Tables of GEMMs are of half precision.
@@ -218,6 +218,7 @@ class Costs:
         self._alone: dict[tuple[Kernel, int, int, str], float] = {}
         self._gemms = {(t.cols, t.inner, t.withheld_sms, t.is_piece): t for t in node.gemms}
         self._shapes: dict[tuple[Kernel, int], Shape] = {}
+        self._fewer: dict[tuple[Kernel, int, str, int], float] = {}
 
     def shape(self, kernel: Kernel, withheld_sms: int = 0) -> Shape:
         """The CTAs of a compute kernel. Of a GEMM whose shape was measured they take together what it took, and are as
@@ -275,6 +276,25 @@ class Costs:
             if fitting:
                 return min(fitting, key=lambda t: t.ctas)
         raise ValueError(f"node {self.node.name} has no table for {op} among {kernel.num_ranks} ranks")
+
+    def with_fewer(self, kernel: Kernel, max_ctas: int, path: str, held: int) -> float:
+        """How much longer a collective takes whose CTAs are so few on SMs at a time, and the others follow them: as
+        long as one of so many CTAs, read between the tables; of fewer than any table has, in proportion."""
+        key = (kernel, max_ctas, path, held)
+        factor = self._fewer.get(key)
+        if factor is None:
+            size, usual = kernel.message_bytes, self.table(kernel, max_ctas, path)
+            known = {usual.ctas_at(size): usual.at(size)}
+            for table in self._tables.values():
+                if (table.op, table.ranks, table.path) == (usual.op, usual.ranks, usual.path):
+                    known.setdefault(table.ctas_at(size), table.at(size))
+            counts = sorted(count for count in known if count <= usual.ctas_at(size))
+            if held < counts[0]:
+                us = known[counts[0]] * counts[0] / held
+            else:
+                us = between(tuple(counts), tuple(known[count] for count in counts), held)
+            factor = self._fewer[key] = max(1.0, us / usual.at(size))
+        return factor
 
     def solo_us(self, kernel: Kernel, withheld_sms: int = 0, max_ctas: int = 0, path: str = DEFAULT_PATH) -> float:
         """Microseconds from the first CTA to the end, alone on the device and the links."""

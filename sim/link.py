@@ -18,11 +18,11 @@ _WIRE = {Kind.ALL_REDUCE: 2.0, Kind.ALL_GATHER: 1.0}
 
 
 class Transfer:
-    """One collective, or one send with its receive. Starts when every side's CTAs are resident; all sides end
-    together."""
+    """One collective, or one send with its receive. Starts when every side's CTAs are resident, or the first of them
+    where CTAs are independent; all sides end together."""
 
     def __init__(self, links: Links, kernel: Kernel, sides: int, path: str, max_ctas: int) -> None:
-        self.links, self.kernel, self.sides = links, kernel, sides
+        self.links, self.kernel, self.sides, self.path, self.max_ctas = links, kernel, sides, path, max_ctas
         table = links.costs.table(kernel, max_ctas, path)
         self.ctas = min(links.costs.ctas_of(kernel, max_ctas, path), links.costs.device.num_sms)
         self.solo_us = links.costs.solo_us(kernel, 0, max_ctas, path)
@@ -40,8 +40,12 @@ class Transfer:
         self._share = 1.0
         self._left, self._pace, self._since, self._end_us, self._generation = 1.0, 0.0, 0.0, 0.0, 0
 
+    def short_of(self, held: int) -> float:
+        """How much longer than alone it takes with so many of its CTAs on SMs."""
+        return 1.0 if held >= self.ctas else self.links.costs.with_fewer(self.kernel, self.max_ctas, self.path, held)
+
     def resident(self, device: Device) -> None:
-        """All CTAs of one side are on its SMs."""
+        """One side's CTAs are on its SMs."""
         self._resident += 1
         if self._resident == self.sides:
             self.started = True

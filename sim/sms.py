@@ -79,6 +79,7 @@ class Sms:
         self._beside_comm, self._comm_beside = slowed_compute(contention), slowed_comm(contention)
         self._stream_beside, self._per_ctas = contention.comm_stream_by_compute, contention.per_ctas
         self._by_traffic = contention.by_traffic
+        self._independent = costs.node.link.independent_ctas
 
     @property
     def only_waiting_transfers(self) -> bool:
@@ -186,7 +187,7 @@ class Sms:
                 self._begin(running, now)
             if running.transfer is not None:
                 running.ctas_left -= take
-                if not running.ctas_left:
+                if running.held == take if self._independent else not running.ctas_left:
                     running.transfer.resident(self.owner)
                 continue
             # Alone, the kernel keeps its SMs for all its full waves; these are then one event.
@@ -205,7 +206,7 @@ class Sms:
     def _set_paces(self, now: float) -> None:
         """How fast everything goes: SMs, the fair share of memory bandwidth, and what the pair costs beyond that."""
         moving = [r for r in self.running if r.transfer is not None and r.transfer.started]
-        wants: list[float] = [r.transfer.bandwidth for r in moving if r.transfer is not None]
+        wants: list[float] = [r.transfer.bandwidth / r.transfer.short_of(r.held) for r in moving if r.transfer]
         cohorts = [(r, c) for r in self.running if r.shape is not None for c in r.cohorts]
         wants += [self._wanted(r.shape, c.ctas) for r, c in cohorts if r.shape is not None]
         fair = fair_share(wants, self._bandwidth)
@@ -228,7 +229,7 @@ class Sms:
             pace = max(1.0, running.transfer.bandwidth / fair)
             if cohorts:
                 pace = self._comm_pace(running.transfer, cohorts, pace)
-            running.transfer.set_pace(self.owner, pace)
+            running.transfer.set_pace(self.owner, pace * running.transfer.short_of(running.held))
 
     def _pace_us(self, kind: Kind, shape: Shape, ctas: int, bandwidth: float, slow: float) -> float:
         """A wave of so many CTAs, slowed as a whole or in what it spends on starting."""

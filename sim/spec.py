@@ -176,7 +176,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             return self.us[0]
         if size >= self.bytes[-1]:
             return self.us[-1] * size / self.bytes[-1]
-        return _between(self.bytes, self.us, size)
+        return between(self.bytes, self.us, size)
 
 
 def next_larger(points: Sequence[int], values: Sequence[int], at: int) -> int:
@@ -184,7 +184,7 @@ def next_larger(points: Sequence[int], values: Sequence[int], at: int) -> int:
     return values[min(bisect_left(points, at), len(points) - 1)]
 
 
-def _between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
+def between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
     """What a table says of a size inside it: between two points straight in logarithms."""
     i = bisect_right(sizes, size)
     low, high = log(sizes[i - 1]), log(sizes[i])
@@ -217,7 +217,7 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def at(self, rows: int) -> float:
         """Time at so many rows, which must lie within the table: between two points straight in logarithms."""
-        return self.us[self.rows.index(rows)] if rows in self.rows else _between(self.rows, self.us, rows)
+        return self.us[self.rows.index(rows)] if rows in self.rows else between(self.rows, self.us, rows)
 
     def ctas_at(self, rows: int) -> int:
         """CTAs at so many rows: those of the next larger number that was seen, for tiles are made to hold it; 0 if none
@@ -231,7 +231,9 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     `pairs`: GPUs joined by a link of their own, whose traffic does not cross the root. `hbm_per_byte`: memory traffic
     of a collective per byte of message. `partitions`: SM counts worth withholding from compute. `default_ctas`: CTAs of
     the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
-    takes behind computation than behind another collective, for which all ranks were there.
+    takes behind computation than behind another collective, for which all ranks were there. `independent_ctas`: each
+    CTA of a collective moves its share as soon as it is on an SM, and the others follow where there is room; else
+    nothing moves until all are.
     """
 
     kind: str
@@ -242,6 +244,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     partitions: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = (0,)
     default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
     join_us: NonNegative = 0.0
+    independent_ctas: bool = False
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]

@@ -46,7 +46,7 @@ class ImitatedGraphs:
 
 
 if __name__ == "__main__":
-    from executor import rehearsal, session
+    from executor import session
     from executor.__main__ import main
     from executor.backing import Backing, make_backing
 
@@ -57,5 +57,4 @@ if __name__ == "__main__":
         return Backing(backing.lanes, ImitatedGraphs(), backing.stopwatch, backing.close)
 
     vars(session)["make_backing"] = imitated
-    vars(rehearsal)["MOST_TURNS"] = 2  # as few as of a deep model
     os._exit(main())

@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from executor.rehearsal import first_batches
 from executor.session import shapes_ahead
-from executor.warm_up import MOST_AHEAD, levels_that_fit, ranges_ahead
+from executor.warm_up import MOST_AHEAD, TURNS, levels_that_fit, made_up_requests, ranges_ahead
 from models.config import MODELS
 from models.transformer import BatchShape, Layout, function_vector
+from policy.batch import State
 from policy.options import Options
 from policy.round import Lane
+from policy.scheduler import Scheduler
+from tests.executor.worlds import fresh_scheduler, run_of
 from traces.request import Request
 
 
@@ -73,3 +77,24 @@ def test_part_filled_batches_are_prepared_for_too_unless_there_are_too_many() ->
     assert found[-1] == BatchShape(2, 64)
     many = [Request(number, 0.0, 16 * (number + 1)) for number in range(30)]
     assert {shape.num_sequences for shape in shapes_ahead(many, Options(batch_size=2, pad_to=16))} == {2}
+
+
+@given(depth=st.integers(1, 8), layers=st.sampled_from([1, 4, 24, 48, 96]), count=st.integers(2, 40))
+def test_every_pass_of_a_rehearsal_finds_each_batch_in_the_slot_for_which_its_graphs_were_made(
+    depth: int, layers: int, count: int
+) -> None:
+    """Otherwise passes that are timed would capture, which takes longer than what is rehearsed."""
+    model = replace(MODELS["tiny-opt"], num_layers=layers)
+    trace = tuple(Request(number, 0.0, 1 + number % 7) for number in range(count))
+    run = run_of("interleaved", Layout(2, 1), model=model, requests=trace, options=Options(depth=depth, pad_to=1))
+    shapes, scheduler = first_batches(run), fresh_scheduler(run, None)
+    passes = [[_through_the_slots(scheduler, shape) for shape in shapes] for _ in range(TURNS + 1)]
+    assert len(shapes) >= 2 * depth
+    assert all(each == passes[0] for each in passes)
+
+
+def _through_the_slots(scheduler: Scheduler, shape: BatchShape) -> int:
+    """The slot of a batch that enters and is forgotten at once."""
+    (batch,) = scheduler.enter((made_up_requests(shape),), 0.0)
+    scheduler.state = State()
+    return batch.slot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import msgspec
 import pytest
 
 from models.config import MODELS
@@ -27,9 +28,13 @@ WITHIN = 1.01
 WITHIN_PARTITIONS = 1.034
 
 
-def makespan_us(node_name: str, model: str, rows: int, policy: str, **options: object) -> float:
-    """Two equal batches through twelve layers."""
+def makespan_us(
+    node_name: str, model: str, rows: int, policy: str, event_gap_us: float = -1.0, **options: object
+) -> float:
+    """Two equal batches through twelve layers. `event_gap_us`: instead of the node's own."""
     node = load_node(node_name)
+    if event_gap_us >= 0.0:
+        node = msgspec.structs.replace(node, device=msgspec.structs.replace(node.device, event_gap_us=event_gap_us))
     vector = FunctionVector((), layer_kernels(MODELS[model], BatchShape(1, rows), 4), 12)
     world = World(policy, node, [(vector,)], alone(depth=2, **options), profile=profile_of(node))
     return world.run([0.0, 0.0], Fidelity()).end_us
@@ -48,6 +53,21 @@ def test_the_policy_is_never_much_slower_than_the_best_of_its_own_options(node: 
             node, model, rows, "interleaved", adaptive=False, partition=partition
         )
     assert chosen <= WITHIN_PARTITIONS * min(options.values()), options
+
+
+@pytest.mark.parametrize(
+    ("node", "model", "rows"), [("h200-nvlink-x4", "glm-130b", 128), ("h200-hoststaged-x4", "llama-3-8b", 16)]
+)
+def test_where_crossing_lanes_takes_long_the_policy_overlaps_only_if_that_still_pays(
+    node: str, model: str, rows: int
+) -> None:
+    winners = set()
+    for gap_us in (0.0, 20.0, 80.0):
+        found = {p: makespan_us(node, model, rows, p, event_gap_us=gap_us) for p in ("tensor", "interleaved")}
+        always = makespan_us(node, model, rows, "interleaved", event_gap_us=gap_us, adaptive=False)
+        assert found["interleaved"] <= WITHIN * min(found["tensor"], always), (gap_us, found, always)
+        winners.add(always < found["tensor"])
+    assert winners == {True, False}
 
 
 def test_overlapping_that_was_seen_to_cost_more_than_believed_is_given_up_where_it_gains_less() -> None:

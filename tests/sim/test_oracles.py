@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from policy.scheduler import Scheduler
 from sim.believe import profile_of
 from sim.cost import fair_share
 from sim.simulate import Fidelity, Simulation
-from sim.spec import load_node
+from sim.spec import NodeSpec, load_node
 from tests.worlds import BYTES_PER_US, World, alone, changed, comm, compute, ideal_node
 from traces.arrivals import poisson
 from traces.request import Request
@@ -128,9 +129,13 @@ def test_a_collective_waits_for_sms(priority: bool, withheld: int, start_us: flo
     CTAs are never preempted: with priority it waits for the wave, without for the whole kernel to be on the SMs, and
     not at all where SMs are withheld for it.
     """
+    assert _span_beside_two_waves(ideal_node(comm_ctas=4), priority, withheld)[0] == pytest.approx(start_us, abs=0.01)
+
+
+def _span_beside_two_waves(node: NodeSpec, priority: bool, withheld: int) -> tuple[float, float]:
+    """Start and end of an all-reduce of 30 us that comes at 50 us."""
     slots = 100 - withheld
     big = Kernel("big", Kind.ATTENTION, flops=2 * 100.0 * 1e4 * slots, num_ctas=2 * slots)
-    node = ideal_node(comm_ctas=4)
     world = World("tensor", node, [(FunctionVector((big,)),)], alone(priority=priority))
     device = Simulation(node, Layout(4, 1), world.scheduler, Fidelity(record=True)).fresh_device()
     device.on_progress = lambda device, batch_id, point: None
@@ -138,7 +143,26 @@ def test_a_collective_waits_for_sms(priority: bool, withheld: int, start_us: flo
     device.env.timeout(50.0).callbacks.append(lambda _: device.issue(Launch(1, 0, 1, Lane.COMM), (comm(30.0),), 0))
     device.env.run()
     span = next(span for span in device.spans if span.is_communication)
-    assert span.start_us == pytest.approx(start_us, abs=0.01)
+    return span.start_us, span.end_us
+
+
+@pytest.mark.parametrize(
+    ("priority", "with_two", "end_us"), [(True, None, 105.0), (False, None, 110.0), (False, 36.0, 86.0)]
+)
+def test_a_collective_of_independent_ctas_moves_with_those_that_have_sms(
+    priority: bool, with_two: float | None, end_us: float
+) -> None:
+    """Two of its four CTAs find SMs at 50 us. In proportion that is half the pace, so that at 100 us 5 of 30 us are
+    left: with priority the next wave leaves it all its SMs. Where two CTAs were measured, their time is what it takes.
+    """
+    node = ideal_node(comm_ctas=4)
+    tables = node.link.tables
+    if with_two is not None:
+        known = next(t for t in tables if (t.op, t.ranks) == ("all_reduce", 4))
+        slower = tuple(us * with_two / 30.0 for us in known.us)
+        tables = (*tables, msgspec.structs.replace(known, ctas=2, us=slower))
+    node = changed(node, "link", tables=tables, independent_ctas=True)
+    assert _span_beside_two_waves(node, priority, 2) == pytest.approx((50.0, end_us), abs=0.01)
 
 
 def test_memory_is_shared_fairly() -> None:
@@ -166,7 +190,7 @@ def _renamed(vector: FunctionVector, kind: str, index: int) -> FunctionVector:
 
 
 @pytest.mark.parametrize("policy", ["tensor", "pipeline", "hybrid", "interleaved", "liger-artifact"])
-@pytest.mark.parametrize("node_name", ["a100-pcie-x4", "h200-nvlink-x4"])
+@pytest.mark.parametrize("node_name", ["a100-pcie-x4", "h200-nvlink-x4", "h200-nvlink-x4-fitted"])
 def test_folding_and_skipping_change_nothing(policy: str, node_name: str) -> None:
     """The default mode gives, to the last bit, what simulating every rank and every layer gives."""
     model, node = MODELS["opt-30b"], load_node(node_name)
