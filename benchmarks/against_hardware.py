@@ -32,17 +32,12 @@ from traces.request import Request
 from weft.runs import options_for
 
 DATA = Path(__file__).parent / "data"
-SERVED = ("h200-x4-2026-11-22-later/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl", "h200-x2-2026-11-21/serving.jsonl",
-          "h200-x2-2026-11-21/deep.jsonl")  # fmt: skip
+SERVED = ("h200-x4-2026-11-22-later/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl",
+          "h200-x2-2026-11-22-one-by-one/serving.jsonl", "h200-x2-2026-11-22-to-the-end/deep.jsonl")  # fmt: skip
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
 OF_TWO = {"as-is": "h200-nvlink-x2-fitted", "host-staged": "h200-hoststaged-x2-fitted"}
-# Requests as they come, one by one: a file and its policies; of two GPUs, only tensor parallelism's were answered when
-# they were through.
-PLANES = {
-    "h200-x4-2026-11-22-later/plane.jsonl": ("tensor", "pipeline", "hybrid", "interleaved"),
-    "h200-x2-2026-11-21/plane-prompt.jsonl": ("tensor",),
-    "h200-x2-2026-11-21/plane.jsonl": ("pipeline", "interleaved"),
-}
+# Requests as they come, one by one.
+PLANES = ("h200-x4-2026-11-22-later/plane.jsonl", "h200-x2-2026-11-22-to-the-end/plane.jsonl")
 TP4 = Layout(4, 1)
 KEYS = ("request_throughput", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms")
 # The repaired artifact's capacity on this kind of node, batches of two of 16 to 115 tokens, 131 of them, and its own
@@ -77,17 +72,18 @@ def served(
 
 def measured() -> Iterator[dict[str, Any]]:
     """The rows of serving that were measured last."""
-    for name in SERVED:
-        for line in (DATA / name).read_text().splitlines():
-            if "policy" in (row := json.loads(line)):
-                yield row
+    return _rows(SERVED)
 
 
 def plane() -> Iterator[dict[str, Any]]:
     """The rows of the planes."""
-    for name, policies in PLANES.items():
+    return _rows(PLANES)
+
+
+def _rows(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for name in names:
         for line in (DATA / name).read_text().splitlines():
-            if (row := json.loads(line)).get("policy") in policies:
+            if "policy" in (row := json.loads(line)):
                 yield row
 
 

@@ -41,6 +41,8 @@ SUFFIX = "-fitted"
 TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
 TWO_NOW = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-to-the-end"
 OF_TWO = {"nvlink": "h200-nvlink-x4", "hoststaged": "h200-hoststaged-x4"}
+# Of so many pairs of light kernels one, for GEMMs to stay most of all.
+LIGHT_STEP = 5
 KERNELS_OF_TWO = ("survey-kernels-opt-glm", "survey-kernels-glm-llama")
 
 
@@ -68,11 +70,19 @@ def of_the_quicker_host(rows: list[Measurement], before: Path) -> list[Measureme
     return [quicker.get(row.at["name"], row) if row.what == "host" else row for row in rows]
 
 
+def is_of_gemm(row: Measurement) -> bool:
+    """Whether it is a GEMM that ran beside a collective."""
+    return row.at["kind"] == "gemm"
+
+
 def fitted_of_two(mode: str, base: str) -> Fit:
     """The same of two GPUs."""
     folders = [TWO_NOW / f"survey-{mode}", *(TWO / name for name in KERNELS_OF_TWO)]
     conditions, rows, about = read_folders(folders, f"h200-{mode}-x2{SUFFIX}")
     rows = of_the_quicker_host(rows, TWO / f"survey-{mode}")
+    # Norms and attention were hardly measured again; what they suffer has little to do with clusters.
+    before = read_measurements(TWO / f"survey-{mode}")[1]
+    rows += [row for row in before if row.what == "pair" and not is_of_gemm(row)][::LIGHT_STEP]
     return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
 
 

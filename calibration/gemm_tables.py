@@ -55,15 +55,14 @@ def _launched(launches: Sequence[Measurement], num_sms: int) -> dict[tuple[int, 
 
 
 def _in_turn(row: Measurement, num_sms: int) -> int:
-    """CTAs in units of what an SM holds; where there is one for every SM, times the tiles that each takes, where the
-    name of the kernel tells them."""
+    """CTAs in units of what an SM holds; where there is one for every SM, the tiles that they take in turn, where the
+    name of the kernel tells them: those that find none left in the last turn leave their SMs to others."""
     ctas, at = _filled(row), row.at
     tile = TILE.search(str(at.get("kernel", ""))) if ctas == num_sms else None
     if tile is None:
         return ctas
     cols, rows = int(tile[1]), int(tile[2])
-    tiles = ceil(int(at["cols"]) / cols) * ceil(int(at["rows"]) / rows)
-    return ceil(tiles / num_sms) * num_sms
+    return max(ctas, ceil(int(at["cols"]) / cols) * ceil(int(at["rows"]) / rows))
 
 
 def _filled(launch: Measurement) -> int:

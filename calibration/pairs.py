@@ -13,7 +13,7 @@ import numpy as np
 from calibration.holdout import shape_identity
 from calibration.kernels import collective_of, ctas_of, has_priority, kernel_of, withheld_of
 from calibration.race import Outcome, Pair, race
-from calibration.solve import Estimate, Floats, Parameter, Problem, cost_of, sigma_of, solve
+from calibration.solve import Estimate, Floats, Parameter, Problem, Solution, cost_of, sigma_of, solve
 from sim.cost import Costs
 from sim.spec import ContentionSpec, NodeSpec
 from traces.measurement import Measurement, is_kept_out
@@ -22,6 +22,8 @@ from traces.measurement import Measurement, is_kept_out
 MOST_ROWS = 100
 KNOWN_SLOWDOWN = 0.02
 MOST_SLOWDOWN = 6.0
+# Ways whose cost is this much larger, and by so much, are not fitted any more.
+FAR_BEHIND, FAR_COST = 1.5, 50.0
 # CTAs that the default may have.
 DEFAULTS = (2, 4, 12, 20, 24)
 # SMs that a full wave of the GEMM library may leave.
@@ -32,7 +34,8 @@ SIDES = ("compute_slowdown", "comm_slowdown")
 DELAY = "start_delay_us"
 BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwise": "elementwise_by_comm"}
 BACK = {"gemm": "comm_by_compute", "attention": "comm_by_attention", "elementwise": "comm_by_elementwise"}
-STREAM, BY_TRAFFIC, INDEPENDENT = "comm_stream_by_compute", "by_traffic", "independent_ctas"
+STREAM, BY_TRAFFIC, BY_MEMORY = "comm_stream_by_compute", "by_traffic", "comm_by_memory"
+INDEPENDENT = "independent_ctas"
 # Beside a collective of how many CTAs slowdowns are said, where several numbers of CTAs were measured.
 PER_CTAS = 16.0
 # Small and large kernels of a kind differ by this much at least.
@@ -76,24 +79,21 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
         if 0 in counts and len(counts) > 1:
             per = base.contention.per_ctas or PER_CTAS
             ways = [_with_counts(_contending(way, per_ctas=per), usable) for way in ways]
-        costs = [_cost(usable, way) for way in ways]
-        base = ways[costs.index(min(costs))]
-        if min(costs) < max(costs):
+        ways = [_contending(way, comm_by_memory=by_memory) for way, by_memory in product(ways, (False, True))]
+        base, solution, costs = _best(usable, ways)
+        apart = [min(costs[:2]), min(costs[2:])]
+        if apart[0] != apart[1]:
             begin = "one by one" if base.link.independent_ctas else "together"
-            told = f"robust cost of pairs {min(costs):.0f}, the other way {max(costs):.0f}"
-            choices[INDEPENDENT] = f"CTAs of collectives begin {begin} ({told})"
-        solution = solve(_problem(usable, base, _parameters(usable, base)))
+            choices[INDEPENDENT] = f"CTAs of collectives begin {begin} ({_compared(apart)})"
+        choices[BY_MEMORY] = _compared([min(costs[::2]), min(costs[1::2])])
         if _tells_traffic(usable):
-            other = _contending(base, by_traffic=True)
-            found = solve(_problem(usable, other, _parameters(usable, other)))
-            choices[BY_TRAFFIC] = f"robust cost of pairs {found.cost:.0f}, the other way {solution.cost:.0f}"
-            if found.cost < solution.cost:
-                base, solution = other, found
+            base, solution, costs = _best(usable, [base, _contending(base, by_traffic=True)], solution)
+            choices[BY_TRAFFIC] = _compared(costs)
         estimates = dict(solution.estimates)
         if per := base.contention.per_ctas:
             told = "slowdowns of compute are said beside so many CTAs"
             estimates["per_ctas"] = Estimate("per_ctas", per, float("nan"), True, told)
-    for field in (*(name for name in ContentionSpec.__struct_fields__ if name != BY_TRAFFIC), TRAFFIC):
+    for field in (*(name for name in ContentionSpec.__struct_fields__ if name not in (BY_TRAFFIC, BY_MEMORY)), TRAFFIC):
         value = getattr(base.contention, field, traffic)
         estimates.setdefault(field, Estimate(field, value, float("nan"), False, "no such pair was measured"))
     return PairFit(_with(base, {name: e.value for name, e in estimates.items()}), estimates, choices)
@@ -122,6 +122,29 @@ def _tells_traffic(rows: Sequence[Measurement]) -> bool:
         if len({int(row.at["bytes"]) for row in some}) > 1 and max(moved) > SMALL_TO_LARGE * min(moved):
             return True
     return False
+
+
+def _best(
+    rows: Sequence[Measurement], ways: Sequence[NodeSpec], first: Solution | None = None
+) -> tuple[NodeSpec, Solution, list[float]]:
+    """Of several ways to model the node the one that fits best, the first of equals; its solution, and the costs of
+    all. `first`: what is known of the first way. None is fitted that the best one's values leave far behind."""
+    best, base, costs = first, ways[0], [first.cost] if first else []
+    for way in ways[len(costs) :]:
+        problem = _problem(rows, way, _parameters(rows, way))
+        if best is not None and (cost := cost_of(problem, best.values)) > FAR_BEHIND * best.cost + FAR_COST:
+            costs.append(cost)
+            continue
+        found = solve(problem)
+        costs.append(found.cost)
+        if best is None or found.cost < best.cost:
+            best, base = found, way
+    assert best is not None
+    return base, best, costs
+
+
+def _compared(costs: Sequence[float]) -> str:
+    return f"robust cost of pairs {min(costs):.0f}, the other way {max(costs):.0f}"
 
 
 def _contending(base: NodeSpec, **changes: float) -> NodeSpec:

@@ -247,14 +247,12 @@ class Costs:
         return modelled
 
     def _launched(self, shape: Shape, table: GemmTable, rows: int, slots: int) -> Shape:
-        """In the CTAs that the library launched. Where those are one for every SM, they are not one a tile but take
-        tile after tile, on as many SMs as there are."""
-        ctas, sms = table.ctas_at(rows), self.device.num_sms
+        """In the CTAs that the library launched, or the tiles that those take in turn. One for every SM and no more are
+        not one a tile but as many as there are SMs, for all of it."""
+        ctas = table.ctas_at(rows)
         if not ctas:
             return shape
-        if not ctas % sms:
-            ctas = slots * (-(-ctas // slots) if ctas > sms else 1)
-        return shape.launched_as(ctas, slots)
+        return shape.launched_as(slots if ctas == self.device.num_sms else ctas, slots)
 
     def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
         """SMs that a collective occupies."""

@@ -10,7 +10,8 @@ LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition"
          "memory_gb", "partition_step", "gemm_wave_ctas", "gemm_persistent", "piece_us",
          "switch_us")  # fmt: skip
 LATER_OF_LINK = ("default_ctas", "join_us", "independent_ctas")
-LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas", "by_traffic")
+LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas", "by_traffic",
+                       "comm_by_memory")  # fmt: skip
 ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # SimPy's own priorities are 0 and 1: a device is settled after everything else that happens at an instant.
 SETTLE_PRIORITY = 2
+# How steeply a memory's latency, which communication sees, rises with the share of its bandwidth that is drawn.
+MEMORY_ORDER = 2.0
 LANE_RANK = {Lane.COMM: 0, Lane.COMPUTE: 1, Lane.FILL: 2}
 
 
@@ -78,7 +80,7 @@ class Sms:
         contention = costs.node.contention
         self._beside_comm, self._comm_beside = slowed_compute(contention), slowed_comm(contention)
         self._stream_beside, self._per_ctas = contention.comm_stream_by_compute, contention.per_ctas
-        self._by_traffic = contention.by_traffic
+        self._by_traffic, self._by_memory = contention.by_traffic, contention.comm_by_memory
         self._independent = costs.node.link.independent_ctas
 
     @property
@@ -208,7 +210,8 @@ class Sms:
         moving = [r for r in self.running if r.transfer is not None and r.transfer.started]
         wants: list[float] = [r.transfer.bandwidth / r.transfer.short_of(r.held) for r in moving if r.transfer]
         cohorts = [(r, c) for r in self.running if r.shape is not None for c in r.cohorts]
-        wants += [self._wanted(r.shape, c.ctas) for r, c in cohorts if r.shape is not None]
+        drawn = [self._wanted(r.shape, c.ctas) for r, c in cohorts if r.shape is not None]
+        wants += drawn
         fair = fair_share(wants, self._bandwidth)
         for running, cohort in cohorts:
             shape = running.shape
@@ -228,7 +231,7 @@ class Sms:
             assert running.transfer is not None
             pace = max(1.0, running.transfer.bandwidth / fair)
             if cohorts:
-                pace = self._comm_pace(running.transfer, cohorts, pace)
+                pace = self._comm_pace(running.transfer, cohorts, pace, sum(drawn))
             running.transfer.set_pace(self.owner, pace * running.transfer.short_of(running.held))
 
     def _pace_us(self, kind: Kind, shape: Shape, ctas: int, bandwidth: float, slow: float) -> float:
@@ -238,11 +241,14 @@ class Sms:
             return pace * slow
         return pace + shape.lead_us * (slow - 1.0)
 
-    def _comm_pace(self, transfer: Transfer, cohorts: list[tuple[Running, Cohort]], pace: float) -> float:
-        """How much slower than alone a collective moves beside compute, `pace` of which memory's share explains."""
+    def _comm_pace(self, transfer: Transfer, cohorts: list[tuple[Running, Cohort]], pace: float, drawn: float) -> float:
+        """How much slower than alone a collective moves beside compute that draws so many bytes per microsecond,
+        `pace` of which memory's share explains."""
         slow = max(self._comm_beside[running.kernel.kind] for running, _ in cohorts)
         if self._stream_beside:
             slow += (self._stream_beside - slow) * transfer.stream_share
+        if self._by_memory:
+            slow = 1.0 + (slow - 1.0) * min(1.0, drawn / self._bandwidth) ** MEMORY_ORDER
         return pace * slow
 
     def _slowed(self, kind: Kind, moving: list[Running]) -> float:

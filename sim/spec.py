@@ -195,8 +195,8 @@ def between(sizes: tuple[int, ...], us: tuple[float, ...], size: int) -> float:
 class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the GEMM library took for one shape (cols x inner) over its rows, alone on the SMs that are not withheld.
     `is_piece`: as a piece of a wider result. `ctas`: with how many CTAs it was launched, in units of what an SM holds
-    at a time; where those are one for every SM and take tile after tile, so many times as they do; none where that was
-    not seen. Half precision."""
+    at a time; where those are one for every SM and take tile after tile, how many tiles; none where that was not seen.
+    Half precision."""
 
     cols: Count
     inner: Count
@@ -263,7 +263,8 @@ class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     latency of its steps; 0: all alike. `per_ctas`: `*_by_comm` are those of a collective of so many CTAs, and in
     proportion with others; 0: the same with all. `by_traffic`: they are those of a collective that streams all the
     time, and others slow less, as the square of that share; and of attention and elementwise kernels it is what they
-    spend on starting that is slowed, for what they stream shares the memory as it is.
+    spend on starting that is slowed, for what they stream shares the memory as it is. `comm_by_memory`: communication
+    is slowed by computation that draws all of the memory's bandwidth, and hardly by what leaves much of it.
     """
 
     gemm_by_comm: Slowdown
@@ -275,6 +276,7 @@ class ContentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     comm_stream_by_compute: NonNegative = 0.0
     per_ctas: NonNegative = 0.0
     by_traffic: bool = False
+    comm_by_memory: bool = False
 
 
 class FitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -147,6 +147,25 @@ def test_contention_is_recovered() -> None:
         assert error < 0.05
 
 
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("by_memory", [True, False])
+def test_how_collectives_start_and_what_slows_them_is_found(independent: bool, by_memory: bool) -> None:
+    """Beside GEMMs that are bound by memory and GEMMs that are not, on SMs that do not hold all CTAs and that do."""
+    true = truth()
+    contention = msgspec.structs.replace(true.contention, comm_by_compute=2.2, comm_by_memory=by_memory)
+    link = msgspec.structs.replace(true.link, independent_ctas=independent)
+    surveyor, rows = Surveyor(msgspec.structs.replace(true, contention=contention, link=link)), list[Measurement]()
+    for count in (16, 512):
+        layer = layer_kernels(MODELS[MODEL_IDS[0]], BatchShape(max(1, count // 64), min(count, 64)), 4)
+        for kernel in (k for k in layer if k.name == "fc1"):
+            variants = product((2**15, 2**21), (0, 8), (8, 16))
+            rows += [surveyor.pair(MODELS[MODEL_IDS[0]].num_heads // 4, kernel, count, each) for each in variants]
+    found = fit_pairs(rows, true).node
+    assert found.link.independent_ctas is independent
+    assert found.contention.comm_by_memory is by_memory
+    assert found.contention.comm_by_compute == pytest.approx(2.2, rel=0.1)
+
+
 @pytest.mark.parametrize("by_traffic", [True, False])
 def test_slowdowns_that_go_with_traffic_are_told_from_those_that_do_not(by_traffic: bool) -> None:
     """Light kernels that wait and that stream, beside messages that mostly wait and that mostly stream."""

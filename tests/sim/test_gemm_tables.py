@@ -111,6 +111,19 @@ def test_ctas_that_take_tile_after_tile_leave_their_sms_when_no_tile_is_left() -
     assert 150.0 < waits[True] < 300.0  # half of the GEMM on average
 
 
+def test_sms_for_which_there_is_no_tile_in_the_last_turn_are_free_for_a_collective() -> None:
+    """Of two turns of 100 us the second has tiles for all SMs, or for all but 40."""
+    num, comm = BASE.device.num_sms, collective("attn_all_reduce", Kind.ALL_REDUCE, 2**16, 4)
+    device = msgspec.structs.replace(BASE.device, gemm_persistent=True)
+    waits = {}
+    for idle in (0, 40):
+        of = node(table(ctas=(2 * num - idle,) * len(ROWS), us=(9.0, 11.0, 14.0, 200.0)))
+        of = msgspec.structs.replace(of, device=device)
+        waits[idle] = race(Costs(of), Pair(gemm("fc1", 1024, COLS, INNER), comm)).start_delay_us
+    assert waits[0] > 90.0  # half of both turns
+    assert waits[40] < 40.0  # half of the first, where it comes in that
+
+
 def test_tiles_that_find_fewer_sms_are_taken_by_those_that_there_are() -> None:
     """Beside a collective that stays, eight tiles for each SM take nine turns, and not sixteen."""
     num, comm = BASE.device.num_sms, collective("attn_all_reduce", Kind.ALL_REDUCE, 2**26, 4)
@@ -153,8 +166,8 @@ def test_tiles_come_from_the_names_of_kernels_that_have_one_cta_for_every_sm() -
         launch = Measurement("launch", at | {"kernel": kernel}, {"ctas": count, "ctas_per_sm": 1.0}, {}, 1)
         return gemm_tables(rows, [launch], BASE)[0].ctas
 
-    # 7168 x 1024 in tiles of 256 x 128: 224, two for each of 132 SMs.
-    assert ctas(132.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (264,)
+    # 7168 x 1024 in tiles of 256 x 128: 224, two for some of 132 SMs and one for the others.
+    assert ctas(132.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (224,)
     assert ctas(128.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (128,)
     assert ctas(132.0, "another_library_256x128") == (132,)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -163,6 +165,26 @@ def test_a_collective_of_independent_ctas_moves_with_those_that_have_sms(
         tables = (*tables, msgspec.structs.replace(known, ctas=2, us=slower))
     node = changed(node, "link", tables=tables, independent_ctas=True)
     assert _span_beside_two_waves(node, priority, 2) == pytest.approx((50.0, end_us), abs=0.01)
+
+
+@pytest.mark.parametrize(("drawn", "slow"), [(0.1, 1.01), (0.5, 1.25), (0.9, 1.81)])
+def test_what_slows_communication_by_memory_goes_with_the_square_of_the_bandwidth_drawn(
+    drawn: float, slow: float
+) -> None:
+    """Beside a kernel of 400 us that draws this share of the memory's bandwidth, and would double it if it drew all."""
+    bandwidth = 1e6
+    node = changed(ideal_node(), "contention", comm_by_compute=2.0, comm_by_memory=True)
+    node = changed(node, "device", hbm_gb_s=bandwidth / 1e3)
+    node = changed(node, "link", hbm_per_byte=0.1)
+    big = replace(compute(400.0), bytes_moved=400.0 * bandwidth * drawn)
+    world = World("tensor", node, [(FunctionVector((big,)),)], alone())
+    device = Simulation(node, Layout(4, 1), world.scheduler, Fidelity(record=True)).fresh_device()
+    device.on_progress = lambda device, batch_id, point: None
+    device.issue(Launch(0, 0, 1, Lane.COMPUTE), (big,), 0)
+    device.issue(Launch(1, 0, 1, Lane.COMM), (comm(100.0),), 0)
+    device.env.run()
+    span = next(span for span in device.spans if span.is_communication)
+    assert span.end_us - span.start_us == pytest.approx(100.0 * slow, rel=1e-3)
 
 
 def test_memory_is_shared_fairly() -> None:
