@@ -147,8 +147,7 @@ def test_contention_is_recovered() -> None:
         assert error < 0.05
 
 
-@pytest.mark.parametrize("independent", [True, False])
-@pytest.mark.parametrize("by_memory", [True, False])
+@pytest.mark.parametrize(("independent", "by_memory"), [(True, True), (False, True), (False, False)])
 def test_how_collectives_start_and_what_slows_them_is_found(independent: bool, by_memory: bool) -> None:
     """Beside GEMMs that are bound by memory and GEMMs that are not, on SMs that do not hold all CTAs and that do."""
     true = truth()
