@@ -20,6 +20,8 @@ from traces.measurement import Measurement, is_kept_out
 
 # Rows that a fit races in the simulator; of more, evenly spaced ones.
 MOST_ROWS = 100
+# Ways to model them are compared on fewer.
+ROWS_FOR_WAYS = 50
 KNOWN_SLOWDOWN = 0.02
 MOST_SLOWDOWN = 6.0
 # Ways whose cost is this much larger, and by so much, are not fitted any more.
@@ -80,7 +82,10 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
             per = base.contention.per_ctas or PER_CTAS
             ways = [_with_counts(_contending(way, per_ctas=per), usable) for way in ways]
         ways = [_contending(way, comm_by_memory=by_memory) for way, by_memory in product(ways, (False, True))]
-        base, solution, costs = _best(usable, ways)
+        few = usable[:: -(-len(usable) // ROWS_FOR_WAYS)]
+        base, solution, costs = _best(few, ways)
+        if len(few) < len(usable):
+            solution = solve(_problem(usable, base, _parameters(usable, base)))
         apart = [min(costs[:2]), min(costs[2:])]
         if apart[0] != apart[1]:
             begin = "one by one" if base.link.independent_ctas else "together"
