@@ -18,6 +18,7 @@ from executor.session import Opened, Session
 from executor.settings import RunSettings
 from executor.two_batches import captured, forced, in_words, only, plan, serially, undivided
 from executor.warm_up import run_through
+from models.transformer import Vectors
 from policy.options import Options
 from policy.round import Lane
 from policy.scheduler import Scheduler
@@ -40,12 +41,12 @@ def two_batches(session: Session, opened: Opened) -> dict[str, Any]:
 def _lives(opened: Opened) -> dict[str, Any]:
     """Both batches admitted at once and driven by the host, as in serving: until everything has ended."""
     always = replace(opened.run.options, adaptive=False)
-    tensor, overlapped = (
-        Scheduler(policy, options, opened.profile, opened.scheduler().vectors_of)
-        for policy, options in (("tensor", opened.run.options), ("interleaved", always))
-    )
     found = {}
-    for name, scheduler in (("tensor", tensor), ("interleaved", opened.scheduler()), ("overlapped", overlapped)):
+    for name, scheduler in (
+        ("tensor", _scheduler(opened, "tensor", opened.run.options)),
+        ("interleaved", opened.scheduler()),
+        ("overlapped", _scheduler(opened, "interleaved", always)),
+    ):
         count = 2 if scheduler.overlapping else 1
         times = []
         for number in range(8):
@@ -156,5 +157,9 @@ def _load(opened: Opened, number: int) -> None:
 
 
 def _batch(opened: Opened) -> Any:
-    scheduler = Scheduler("tensor", opened.run.options, opened.profile, opened.scheduler().vectors_of)
-    return scheduler.enter((opened.run.requests,), 0.0)[0]
+    return _scheduler(opened, "tensor", opened.run.options).enter((opened.run.requests,), 0.0)[0]
+
+
+def _scheduler(opened: Opened, policy: str, options: Options) -> Scheduler:
+    """One of another policy or other options, without the run's graphs of whole plans."""
+    return Scheduler(policy, options, opened.profile, Vectors(opened.run.model, opened.run.layout))

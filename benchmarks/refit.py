@@ -6,7 +6,9 @@ Run: python benchmarks/refit.py [--out sim/nodes] [--report weft-refit] [--only 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from calibration.plots import write_plots
 from calibration.report import lines_of
 from sim.spec import NodeSpec, load_node
 from traces.files import write_whole
-from traces.measurement import KERNELS, Measurement, read_measurements
+from traces.measurement import KERNELS, ROWS, Measurement, read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,35 +57,37 @@ def fitted(folder: Path, base: str) -> Fit:
 def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec, About]:
     """What a fit sees, in the order in which it was measured: of the survey, of the kernels, of whole forwards; the
     base node, and where all of it comes from."""
-    newer = NEWER.get(folder.name, folder)
-    conditions, rows, about = read_folders([newer, DATA / KERNELS_FROM], base + SUFFIX)
+    conditions, rows, about = read_folders([NEWER[folder.name], DATA / KERNELS_FROM], base + SUFFIX)
     num_first = len(rows) - len(read_measurements(DATA / KERNELS_FROM)[1])
-    survey = [row for row in rows[:num_first] if row.what not in KERNELS]
-    survey = of_the_quicker_host(survey, folder)
+    before = read_measurements(folder)[1]
+    survey = of_the_quicker_host([row for row in rows[:num_first] if row.what not in KERNELS], before)
     forwards = forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
+    about = with_files(about, folder / ROWS, DATA / FORWARDS)
     return [survey, rows[num_first:], forwards], on_machine(load_node(base), conditions[0]), about
 
 
-def of_the_quicker_host(rows: list[Measurement], before: Path) -> list[Measurement]:
+def of_the_quicker_host(rows: list[Measurement], before: list[Measurement]) -> list[Measurement]:
     """What a survey timed of its host, as the survey before had it where that did."""
-    quicker = {row.at["name"]: row for row in read_measurements(before)[1] if row.what == "host"}
+    quicker = {row.at["name"]: row for row in before if row.what == "host"}
     return [quicker.get(row.at["name"], row) if row.what == "host" else row for row in rows]
 
 
-def is_of_gemm(row: Measurement) -> bool:
-    """Whether it is a GEMM that ran beside a collective."""
-    return row.at["kind"] == "gemm"
+def with_files(about: About, *paths: Path) -> About:
+    """With files of which a fit sees a part, and their hashes."""
+    found = {str(path.relative_to(DATA.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return replace(about, measurements=about.measurements | found)
 
 
 def fitted_of_two(mode: str, base: str) -> Fit:
     """The same of two GPUs."""
-    folders = [TWO_NOW / f"survey-{mode}", *(TWO / name for name in KERNELS_OF_TWO)]
-    conditions, rows, about = read_folders(folders, f"h200-{mode}-x2{SUFFIX}")
-    rows = of_the_quicker_host(rows, TWO / f"survey-{mode}")
+    name = f"survey-{mode}"
+    conditions, rows, about = read_folders([TWO_NOW / name, *(TWO / each for each in KERNELS_OF_TWO)],
+                                           f"h200-{mode}-x2{SUFFIX}")  # fmt: skip
+    before = read_measurements(TWO / name)[1]
+    rows = of_the_quicker_host(rows, before)
     # Norms and attention were hardly measured again; what they suffer has little to do with clusters.
-    before = read_measurements(TWO / f"survey-{mode}")[1]
-    rows += [row for row in before if row.what == "pair" and not is_of_gemm(row)][::LIGHT_STEP]
-    return fit_node(rows, on_machine(load_node(base), conditions[0]), about)
+    rows += [row for row in before if row.what == "pair" and row.at["kind"] != "gemm"][::LIGHT_STEP]
+    return fit_node(rows, on_machine(load_node(base), conditions[0]), with_files(about, TWO / name / ROWS))
 
 
 FITS: dict[str, Callable[[], Fit]] = {

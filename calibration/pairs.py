@@ -76,24 +76,7 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
     estimates, choices = dict[str, Estimate](), dict[str, str]()
     traffic = base.link.hbm_per_byte
     if usable:
-        counts = {ctas_of(row) for row in usable}
-        ways = [base, _linked(base, independent_ctas=not base.link.independent_ctas)]
-        if 0 in counts and len(counts) > 1:
-            per = base.contention.per_ctas or PER_CTAS
-            ways = [_with_counts(_contending(way, per_ctas=per), usable) for way in ways]
-        ways = [_contending(way, comm_by_memory=by_memory) for way, by_memory in product(ways, (False, True))]
-        few = usable[:: -(-len(usable) // ROWS_FOR_WAYS)]
-        base, solution, costs = _best(few, ways)
-        if len(few) < len(usable):
-            solution = solve(_problem(usable, base, _parameters(usable, base)))
-        apart = [min(costs[:2]), min(costs[2:])]
-        if apart[0] != apart[1]:
-            begin = "one by one" if base.link.independent_ctas else "together"
-            choices[INDEPENDENT] = f"CTAs of collectives begin {begin} ({_compared(apart)})"
-        choices[BY_MEMORY] = _compared([min(costs[::2]), min(costs[1::2])])
-        if _tells_traffic(usable):
-            base, solution, costs = _best(usable, [base, _contending(base, by_traffic=True)], solution)
-            choices[BY_TRAFFIC] = _compared(costs)
+        base, solution, choices = _modelled(usable, base)
         estimates = dict(solution.estimates)
         if per := base.contention.per_ctas:
             told = "slowdowns of compute are said beside so many CTAs"
@@ -102,6 +85,31 @@ def fit_pairs(rows: Sequence[Measurement], base: NodeSpec) -> PairFit:
         value = getattr(base.contention, field, traffic)
         estimates.setdefault(field, Estimate(field, value, float("nan"), False, "no such pair was measured"))
     return PairFit(_with(base, {name: e.value for name, e in estimates.items()}), estimates, choices)
+
+
+def _modelled(rows: Sequence[Measurement], base: NodeSpec) -> tuple[NodeSpec, Solution, dict[str, str]]:
+    """The node with pairs modelled in the way that explains them best, its solution, and what was chosen for it."""
+    counts = {ctas_of(row) for row in rows}
+    ways = [base, _linked(base, independent_ctas=not base.link.independent_ctas)]
+    if 0 in counts and len(counts) > 1:
+        per = base.contention.per_ctas or PER_CTAS
+        ways = [_with_counts(_contending(way, per_ctas=per), rows) for way in ways]
+    ways = [_contending(way, comm_by_memory=by_memory) for way, by_memory in product(ways, (False, True))]
+    few = rows[:: -(-len(rows) // ROWS_FOR_WAYS)]
+    base, solution, costs = _best(few, ways)
+    if len(few) < len(rows):
+        solution = solve(_problem(rows, base, _parameters(rows, base)))
+    slowed = "the memory traffic of computation" if base.contention.comm_by_memory else "any computation"
+    choices = {BY_MEMORY: f"collectives are slowed by {slowed} ({_compared([min(costs[::2]), min(costs[1::2])])})"}
+    begun = [min(costs[:2]), min(costs[2:])]
+    if begun[0] != begun[1]:
+        begin = "one by one" if base.link.independent_ctas else "together"
+        choices[INDEPENDENT] = f"CTAs of collectives begin {begin} ({_compared(begun)})"
+    if _tells_traffic(rows):
+        base, solution, costs = _best(rows, [base, _contending(base, by_traffic=True)], solution)
+        share = "what a collective streams" if base.contention.by_traffic else "all collectives alike"
+        choices[BY_TRAFFIC] = f"computation is slowed by {share} ({_compared(costs)})"
+    return base, solution, choices
 
 
 def _parameters(rows: Sequence[Measurement], base: NodeSpec) -> tuple[Parameter, ...]:

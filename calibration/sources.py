@@ -39,10 +39,9 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     sources["link.join_us"] = _source(fit.estimates["link"]["join_us"], base, "link.join_us", told, "")
     changed = fit.node.link.partitions != base.link.partitions
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
-    default = fit.choices.get("default_ctas")
-    sources["link.default_ctas"] = f"{told}, {default}" if default else _base(base, "link.default_ctas")
-    begin = fit.choices.get("independent_ctas")
-    sources["link.independent_ctas"] = f"{told}, {begin}" if begin else _base(base, "link.independent_ctas")
+    for field in ("default_ctas", "independent_ctas"):
+        key, choice = f"link.{field}", fit.choices.get(field)
+        sources[key] = f"{told}, {choice}" if choice else _base(base, key)
     if fit.node.gemms:
         num = len({(table.cols, table.inner) for table in fit.node.gemms})
         new = fit.node.gemms != base.gemms

@@ -16,8 +16,7 @@ from executor.mail import Mail
 from executor.plan_cache import Plan, PlanCache
 from executor.settings import RunSettings
 from executor.warm_up import TURNS, run_through
-from models.kernel import FunctionVector
-from models.transformer import BatchShape, function_vector
+from models.transformer import BatchShape, Vectors, function_vector
 from policy.batching import shape_of
 from policy.interleaved import plan_under
 from policy.lanes import Regime
@@ -32,7 +31,8 @@ MAX_SHAPES_FORESEEN = 20
 MOST_REHEARSED = 4
 # What is rehearsed, and how often: enough batches for unlike ones to meet, to their end. Eight layers of 48 stood for
 # them at first; where batches come and go that often overlap gained 1 % of what it gains in the whole model, 7 %.
-# Batches come in turns, one for every slot, so that each finds the slot again for which its graphs were made.
+# Batches come in turns, one for every slot, so that each finds the slot again for which its graphs were made. As many
+# turns as are so many layers are enough: two of a model of 48, two batches at a time; four of one of eight.
 LEAST_TURNS, MOST_TURNS, LAYERS, REHEARSALS = 2, 4, 96, 5
 
 # In seven runs of OPT-30B on four GPUs the slowest tenth of a rank's rounds took its host 1.7 times the median or more,
@@ -54,13 +54,9 @@ class Rehearsal:
 
     def scheduler(self, options: Options, plan: Plan) -> Scheduler:
         """An interleaving scheduler, whatever the run's own policy is."""
-        scheduler = Scheduler("interleaved", options, self.profile, self.vectors_of)
+        scheduler = Scheduler("interleaved", options, self.profile, Vectors(self.run.model, self.run.layout))
         scheduler.plan = PlanCache(plan)
         return scheduler
-
-    def vectors_of(self, shape: BatchShape) -> tuple[FunctionVector, ...]:
-        """A shape's vectors."""
-        return (function_vector(self.run.model, shape, self.run.layout, 0),)
 
     def prices_us(self) -> tuple[float, float]:
         """What a launch costs this host, and a round besides, of overlap, whether or not that will pay."""
@@ -83,7 +79,7 @@ class Rehearsal:
 
     def believed_us(self, options: Options, regime_of: RegimeOf) -> float:
         """How long it takes in belief."""
-        vectors = tuple(self.vectors_of(shape)[0] for shape in self.shapes)
+        vectors = tuple(function_vector(self.run.model, shape, self.run.layout, 0) for shape in self.shapes)
         return roll(vectors, regime_of, options, self.profile).total_us
 
 

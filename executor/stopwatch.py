@@ -20,9 +20,12 @@ HEAD_START_CYCLES = 600_000
 # Calls that could not be captured are launched one by one.
 UNCAPTURED_PATIENCE = 8
 SERIES = 3
-# Graphs of so many small kernels that take turns on two streams, and how often.
-FEW, HOPS = 2, 20
+# How often two graphs take turns, on two streams or one.
+HOPS = 20
+# So many small kernels are such a graph.
+FEW = 2
 Replayed = tuple[Callable[[], None], bool]
+Link = tuple[torch.cuda.Stream, Body]
 
 
 class CpuStopwatch:
@@ -81,9 +84,7 @@ class CudaStopwatch:
 
         keys = StreamKey(Lane.COMPUTE), StreamKey(Lane.COMM)
         graphs = [(self._stream_of(key), self._captured(key, [call] * FEW)[0]) for key in keys]
-        apart = median(chain_us(graphs, HOPS, HEAD_START_CYCLES) for _ in range(SERIES))
-        in_series = median(chain_us(graphs[:1] * 2, HOPS, HEAD_START_CYCLES) for _ in range(SERIES))
-        return max(0.0, apart - in_series)
+        return max(0.0, median(crossings_us(graphs, SERIES, HEAD_START_CYCLES)))
 
     def _captured(self, key: StreamKey, calls: Sequence[Body]) -> Replayed:
         """The calls as one graph; as they are where a driver cannot capture on that stream."""
@@ -156,17 +157,24 @@ def replays_us(stream: torch.cuda.Stream, replay: Body, count: int, head_start_c
     return [elapsed_us(start, end) for start, end in pairwise(events)]
 
 
-def chain_us(links: Sequence[tuple[torch.cuda.Stream, Body]], turns: int, cycles_each: int) -> float:
-    """Microseconds of one of these where they take turns so often, each behind the one before, on whatever streams.
-    Their first stream is held for so many cycles for each, so that all is issued before the first one starts."""
+def crossings_us(links: Sequence[Link], series: int, cycles_each: int) -> list[float]:
+    """How much longer a turn of these takes than one of the first alone, on its own stream: so many measurements."""
+    apart = [_chain_us(links, cycles_each) for _ in range(series)]
+    in_series = median(_chain_us([links[0]] * len(links), cycles_each) for _ in range(series))
+    return [us - in_series for us in apart]
+
+
+def _chain_us(links: Sequence[Link], cycles_each: int) -> float:
+    """Microseconds of one of these where they take turns, each behind the one before, on whatever streams. Their first
+    stream is held for so many cycles for each, so that all is issued before the first one starts."""
     start, end = new_event(timing=True), new_event(timing=True)
     torch.cuda.synchronize()
     last = links[0][0]
     with torch.inference_mode():
         with torch.cuda.stream(last):
-            hold(turns * len(links) * cycles_each)
+            hold(HOPS * len(links) * cycles_each)
             start.record()
-        for stream, replay in [*links] * turns:
+        for stream, replay in [*links] * HOPS:
             if stream is not last:
                 behind = new_event()
                 behind.record(last)
@@ -176,4 +184,4 @@ def chain_us(links: Sequence[tuple[torch.cuda.Stream, Body]], turns: int, cycles
             last = stream
         end.record(last)
     torch.cuda.synchronize()
-    return elapsed_us(start, end) / (turns * len(links))
+    return elapsed_us(start, end) / (HOPS * len(links))

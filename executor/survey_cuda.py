@@ -18,7 +18,7 @@ from executor.graphs import capture
 from executor.lanes import StreamKey
 from executor.lanes_cuda import CYCLES_PER_US, CudaLanes
 from executor.measure import Stopwatch
-from executor.stopwatch import chain_us, replays_us
+from executor.stopwatch import crossings_us, replays_us
 from executor.survey_bench import Body, Sample, sample_of
 from policy.round import Lane
 
@@ -155,11 +155,11 @@ class CudaBench:
         found = replays_us(graph.stream, graph.graph.replay, replays, head_start)
         return [max(0.01, us - self.replay_us) for us in found]
 
-    def chain_us(self, graphs: Sequence[Captured], turns: int) -> float:
-        """Microseconds a graph where the graphs take turns so often, each behind the one before, on whatever streams;
-        everything is issued before the first one starts."""
+    def crossings_us(self, graphs: Sequence[Captured], series: int) -> list[float]:
+        """How much later graphs start that wait for one on another stream than behind it on its own. The host is far
+        ahead in both cases."""
         links = [(graph.stream, graph.graph.replay) for graph in graphs]
-        return chain_us(links, turns, round(HEAD_START_US * self.cycles_per_us))
+        return crossings_us(links, series, round(HEAD_START_US * self.cycles_per_us))
 
     def alone_us(self, graph: Captured) -> float:
         """A whole graph with the device to itself."""

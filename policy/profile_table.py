@@ -108,18 +108,20 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
     table = Table(data)
     return Profile(
         table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
-        launch_us=float(data.get("launch_us", 0.0)),
-        round_us=float(data.get("round_us", 0.0)),
-        crossing_us=float(data.get("crossing_us", 0.0)),
-        host_margin=_factor(data, "host_margin", Profile.host_margin),
-        overlap_price=_factor(data, "overlap_price", 1.0),
+        launch_us=_number(data, "launch_us", 0.0),
+        round_us=_number(data, "round_us", 0.0),
+        crossing_us=_number(data, "crossing_us", 0.0),
+        host_margin=_number(data, "host_margin", Profile.host_margin, is_factor=True),
+        overlap_price=_number(data, "overlap_price", 1.0, is_factor=True),
     )  # fmt: skip
 
 
-def _factor(data: Mapping[str, Any], name: str, otherwise: float) -> float:
+def _number(data: Mapping[str, Any], name: str, otherwise: float, *, is_factor: bool = False) -> float:
     value = data.get(name, otherwise)
-    if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-        raise ValueError(f"a profile table's {name} is {value!r}; it must be a number above 0")
+    if not isinstance(value, int | float) or not 0.0 <= value < float("inf") or (is_factor and not value):
+        raise ValueError(
+            f"a profile table's {name} is {value!r}; it must be a number {'above' if is_factor else 'from'} 0"
+        )
     return float(value)
 
 

@@ -266,7 +266,7 @@ class Costs:
         """
         op = "send" if kernel.kind is Kind.RECV else kernel.kind.value
         for where in (path, DEFAULT_PATH):
-            fitting = [t for t in self._tables.values() if (t.op, t.ranks, t.path) == (op, kernel.num_ranks, where)]
+            fitting = self._fitting(op, kernel.num_ranks, where)
             allowed = [t for t in fitting if not max_ctas or t.ctas <= max_ctas]
             usual = [t for t in allowed if t.ctas == self.node.link.default_ctas] if not max_ctas else []
             if allowed:
@@ -274,6 +274,10 @@ class Costs:
             if fitting:
                 return min(fitting, key=lambda t: t.ctas)
         raise ValueError(f"node {self.node.name} has no table for {op} among {kernel.num_ranks} ranks")
+
+    def _fitting(self, op: str, ranks: int, path: str) -> list[Table]:
+        """The tables of an operation, one for every number of CTAs."""
+        return [t for t in self._tables.values() if (t.op, t.ranks, t.path) == (op, ranks, path)]
 
     def with_fewer(self, kernel: Kernel, max_ctas: int, path: str, held: int) -> float:
         """How much longer a collective takes whose CTAs are so few on SMs at a time, and the others follow them: as
@@ -283,9 +287,8 @@ class Costs:
         if factor is None:
             size, usual = kernel.message_bytes, self.table(kernel, max_ctas, path)
             known = {usual.ctas_at(size): usual.at(size)}
-            for table in self._tables.values():
-                if (table.op, table.ranks, table.path) == (usual.op, usual.ranks, usual.path):
-                    known.setdefault(table.ctas_at(size), table.at(size))
+            for table in self._fitting(usual.op, usual.ranks, usual.path):
+                known.setdefault(table.ctas_at(size), table.at(size))
             counts = sorted(count for count in known if count <= usual.ctas_at(size))
             if held < counts[0]:
                 us = known[counts[0]] * counts[0] / held

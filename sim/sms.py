@@ -207,8 +207,12 @@ class Sms:
 
     def _set_paces(self, now: float) -> None:
         """How fast everything goes: SMs, the fair share of memory bandwidth, and what the pair costs beyond that."""
-        moving = [r for r in self.running if r.transfer is not None and r.transfer.started]
-        wants: list[float] = [r.transfer.bandwidth / r.transfer.short_of(r.held) for r in moving if r.transfer]
+        moving = [
+            (r.transfer, r.transfer.short_of(r.held))
+            for r in self.running
+            if r.transfer is not None and r.transfer.started
+        ]
+        wants = [transfer.bandwidth / short for transfer, short in moving]
         cohorts = [(r, c) for r in self.running if r.shape is not None for c in r.cohorts]
         drawn = [self._wanted(r.shape, c.ctas) for r, c in cohorts if r.shape is not None]
         wants += drawn
@@ -216,7 +220,7 @@ class Sms:
         for running, cohort in cohorts:
             shape = running.shape
             assert shape is not None
-            slow = self._slowed(running.kernel.kind, moving)
+            slow = self._slowed(running.kernel.kind, [transfer for transfer, _ in moving])
             bandwidth = fair
             if not shape.is_plain and fair == float("inf"):
                 # There is enough for all on average; in those phases in which this one streams, it gets what is left.
@@ -227,12 +231,11 @@ class Sms:
                 if cohort.pace_us:
                     left = max(0.0, left - (now - cohort.since_us) / cohort.pace_us)
                 self._retime(cohort, left, pace, now)
-        for running in moving:
-            assert running.transfer is not None
-            pace = max(1.0, running.transfer.bandwidth / fair)
+        for transfer, short in moving:
+            pace = max(1.0, transfer.bandwidth / fair)
             if cohorts:
-                pace = self._comm_pace(running.transfer, cohorts, pace, sum(drawn))
-            running.transfer.set_pace(self.owner, pace * running.transfer.short_of(running.held))
+                pace = self._comm_pace(transfer, cohorts, pace, sum(drawn))
+            transfer.set_pace(self.owner, pace * short)
 
     def _pace_us(self, kind: Kind, shape: Shape, ctas: int, bandwidth: float, slow: float) -> float:
         """A wave of so many CTAs, slowed as a whole or in what it spends on starting."""
@@ -251,14 +254,13 @@ class Sms:
             slow = 1.0 + (slow - 1.0) * min(1.0, drawn / self._bandwidth) ** MEMORY_ORDER
         return pace * slow
 
-    def _slowed(self, kind: Kind, moving: list[Running]) -> float:
+    def _slowed(self, kind: Kind, transfers: list[Transfer]) -> float:
         """What collectives under way cost a kernel beyond SMs and memory."""
-        if not moving:
+        if not transfers:
             return 1.0
         slow = self._beside_comm[kind]
         if not (self._per_ctas or self._by_traffic):
             return slow
-        transfers = [r.transfer for r in moving if r.transfer is not None]
         if self._by_traffic:
             per = self._per_ctas or max(t.ctas for t in transfers)
             return 1.0 + (slow - 1.0) * sum(t.ctas * t.stream_share**2 for t in transfers) / per

@@ -84,6 +84,14 @@ def test_a_factor_that_is_none_is_refused(name: str, price: object) -> None:
         profile_from(beliefs() | {name: price})
 
 
+@pytest.mark.parametrize("name", ["launch_us", "round_us", "crossing_us"])
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf"), "fast", None])
+def test_a_price_that_is_none_is_refused(name: str, price: object) -> None:
+    assert getattr(profile_from(beliefs() | {name: 0}), name) == 0.0
+    with pytest.raises(ValueError, match=f"{name} is .*from 0"):
+        profile_from(beliefs() | {name: price})
+
+
 @pytest.mark.parametrize("sizes", [{"cols": 0}, {"cols": "wide", "inner": "deep"}, {"inner": 2.5}, {"cols": None}])
 def test_a_gemm_of_no_size_beside_a_collective_is_refused(sizes: dict[str, object]) -> None:
     table = beliefs()

@@ -138,11 +138,19 @@ def _span_beside_two_waves(node: NodeSpec, priority: bool, withheld: int) -> tup
     """Start and end of an all-reduce of 30 us that comes at 50 us."""
     slots = 100 - withheld
     big = Kernel("big", Kind.ATTENTION, flops=2 * 100.0 * 1e4 * slots, num_ctas=2 * slots)
+    return _span_beside(node, big, 30.0, at_us=50.0, priority=priority, withheld=withheld)
+
+
+def _span_beside(
+    node: NodeSpec, big: Kernel, comm_us: float, *, at_us: float = 0.0, priority: bool = True, withheld: int = 0
+) -> tuple[float, float]:
+    """Start and end of an all-reduce that comes beside a kernel."""
     world = World("tensor", node, [(FunctionVector((big,)),)], alone(priority=priority))
     device = Simulation(node, Layout(4, 1), world.scheduler, Fidelity(record=True)).fresh_device()
     device.on_progress = lambda device, batch_id, point: None
     device.issue(Launch(0, 0, 1, Lane.COMPUTE, withheld_sms=withheld), (big,), 0)
-    device.env.timeout(50.0).callbacks.append(lambda _: device.issue(Launch(1, 0, 1, Lane.COMM), (comm(30.0),), 0))
+    later = device.env.timeout(at_us)
+    later.callbacks.append(lambda _: device.issue(Launch(1, 0, 1, Lane.COMM), (comm(comm_us),), 0))
     device.env.run()
     span = next(span for span in device.spans if span.is_communication)
     return span.start_us, span.end_us
@@ -177,14 +185,8 @@ def test_what_slows_communication_by_memory_goes_with_the_square_of_the_bandwidt
     node = changed(node, "device", hbm_gb_s=bandwidth / 1e3)
     node = changed(node, "link", hbm_per_byte=0.1)
     big = replace(compute(400.0), bytes_moved=400.0 * bandwidth * drawn)
-    world = World("tensor", node, [(FunctionVector((big,)),)], alone())
-    device = Simulation(node, Layout(4, 1), world.scheduler, Fidelity(record=True)).fresh_device()
-    device.on_progress = lambda device, batch_id, point: None
-    device.issue(Launch(0, 0, 1, Lane.COMPUTE), (big,), 0)
-    device.issue(Launch(1, 0, 1, Lane.COMM), (comm(100.0),), 0)
-    device.env.run()
-    span = next(span for span in device.spans if span.is_communication)
-    assert span.end_us - span.start_us == pytest.approx(100.0 * slow, rel=1e-3)
+    start_us, end_us = _span_beside(node, big, 100.0)
+    assert end_us - start_us == pytest.approx(100.0 * slow, rel=1e-3)
 
 
 def test_memory_is_shared_fairly() -> None:
