@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu_world import BELIEFS
 from executor.cuda import replay_us
-from executor.inputs import tokens_of
+from executor.inputs import load_own_tokens, tokens_of
 from executor.lanes import StreamKey
 from executor.session import Opened, Session
 from executor.settings import RunSettings
@@ -62,6 +62,7 @@ def _lives(opened: Opened) -> dict[str, Any]:
 
 def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
     """Everything as one graph: the parts alone, tensor parallelism, the policy's plan, and forced partitions."""
+    load_own_tokens(opened.device.parts.slots, opened.device.parts.weights)
     variants: dict[str, Any] = {}
     notes: dict[str, str] = {}
     for name, body in (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from executor.slots import Slot
+from executor.weights import Weights
 from models.config import ModelConfig
 from models.transformer import BatchShape
 from policy.batch import Batch
@@ -52,6 +54,22 @@ class Loader:
         else:
             assert self.noise is not None
             slot.view(shape).hidden.copy_(self.noise[: shape.rows])
+
+
+def load_own_tokens(slots: Sequence[Slot], weights: Weights) -> None:
+    """Random tokens of this rank's own part of the vocabulary, in whole slots.
+
+    An embedding has zeros for other ranks' tokens until it is summed. Where computation runs without collectives those
+    rows would stay zeros, and a GPU computes with zeros at less power and a higher clock.
+    """
+    if weights.embedding is None:
+        return
+    own = len(weights.embedding)
+    for number, slot in enumerate(slots):
+        ids = slot.whole.token_ids
+        generator = torch.Generator(ids.device).manual_seed(number)
+        first = weights.tp_rank * own if slot.layout.tp > 1 else 0
+        ids.copy_(torch.randint(first, first + own, ids.shape, generator=generator, device=ids.device))
 
 
 @dataclass(slots=True)

@@ -11,7 +11,8 @@ import gc
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,15 +27,17 @@ from executor.session import DTYPES, Session
 from executor.settings import RunSettings
 from executor.survey_batches import measure_batches
 from executor.survey_bed import Bed
-from executor.survey_bench import Bench, CpuBench, Row
+from executor.survey_bench import Bench, CpuBench, Row, Sample
 from executor.survey_host import Host
 from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
 from executor.survey_pairs import Pairs
-from executor.survey_points import CPU, GPU, Grid, Point, Shapes
+from executor.survey_points import COMPUTE_ALONE, CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
 from traces.measurement import KERNELS, SEEN, SEQUENCE, Conditions, Measurement, MeasurementLog
 
 MOST_WORDS = 300
+# Microseconds, their spread, and repetitions.
+Timing = tuple[float, float, int]
 
 
 class Orders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,8 +70,9 @@ def survey(session: Session, orders: Orders) -> None:
         status.enter(f"measure {points[0].what} {points[0].model}".rstrip())
         found = surveyor.measure(points)
         reasons = mail.gather("reasons", [each if isinstance(each, str) else "" for each in found], list)
+        times = mail.gather("times", [lone_us(*each) for each in zip(points, found, strict=True)], list)
         if keeper is not None:
-            keeper.keep(points, found, reasons)
+            keeper.keep(points, found, reasons, times)
     if keeper is not None:
         keeper.finish(surveyor.bench.refused)
     mail.together("end")
@@ -113,11 +117,19 @@ class Keeper:
         self.started_s = time.monotonic()
         return self.lead.lots()
 
-    def keep(self, points: list[Point], found: list[Row | str | None], reasons: list[list[str]]) -> None:
-        """Rows to the file, failures to the lead: a point that failed on any rank has failed."""
-        for point, row, why in zip(points, found, zip(*reasons, strict=True), strict=True):
+    def keep(
+        self,
+        points: list[Point],
+        found: list[Row | str | None],
+        reasons: list[list[str]],
+        times: list[list[Timing | None]],
+    ) -> None:
+        """Rows to the file, failures to the lead: a point that failed on any rank has failed. `reasons` and `times`: by
+        rank."""
+        by_point = zip(zip(*reasons, strict=True), zip(*times, strict=True), strict=True)
+        for point, row, (why, each) in zip(points, found, by_point, strict=True):
             if isinstance(row, Row) and not any(why):
-                self.log.append(measurement_of(point, row))
+                self.log.append(measurement_of(point, of_the_slowest(row, each)))
                 self.lead.succeed(point)
             else:
                 self.lead.fail(point, next(filter(None, why), "rank 0 had no part in it"))
@@ -134,6 +146,23 @@ class Keeper:
         skipped = {what: asdict(each) for what, each in self.lead.skipped.items()}
         seconds = round(time.monotonic() - self.started_s, 1)
         self.log.finish(_now(), skipped=skipped, refused=refused, seconds=seconds)
+
+
+def lone_us(point: Point, row: Row | str | None) -> Timing | None:
+    """How long what a rank does without the others took it; nothing of what ranks do together."""
+    is_lone = point.what in (*KERNELS, SEQUENCE) or point.at.get("schedule") == COMPUTE_ALONE
+    if not is_lone or not isinstance(row, Row):
+        return None
+    us = row.samples["us"]
+    return us.value, us.spread, us.repetitions
+
+
+def of_the_slowest(row: Row, times: Sequence[Timing | None]) -> Row:
+    """A row with the slowest rank's time, for which the others would wait at the next collective; and the fastest's."""
+    known = sorted(Sample(*each) for each in times if each is not None)
+    if len(known) < 2:
+        return row
+    return replace(row, samples=row.samples | {"us": known[-1], "fastest_us": known[0]})
 
 
 def measurement_of(point: Point, row: Row) -> Measurement:

@@ -38,6 +38,7 @@ def measure_batches(
 ) -> list[Row | str]:
     """The points of one pair of batches; a schedule that fails is its reason, in the words of `guard`."""
     opened = bed.two(int(points[0].at["rows"]), folder)
+    bed.load_own_tokens()
     if not isinstance(bench, CudaBench):
         # A CPU's lanes are threads that share its cores: only one batch after the other means anything there.
         return [Row({"us": bench.compute(0, [serially(opened)], 0.0)}) for _ in points]

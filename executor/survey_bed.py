@@ -13,7 +13,7 @@ from executor.backing import Backing
 from executor.cuda import settle
 from executor.device import Device, Graphs, Parts
 from executor.groups import Groups
-from executor.inputs import Loader, Outputs
+from executor.inputs import Loader, Outputs, load_own_tokens
 from executor.lanes import Clock
 from executor.measure import Choices, measure, thinned
 from executor.operations import Collective
@@ -91,6 +91,10 @@ class Bed:
         for slot in self.device.parts.slots:  # a batch's last rows may lie outside a smaller shape
             slot.whole.last_rows.zero_()
 
+    def load_own_tokens(self) -> None:
+        """What is timed without collectives has no rows of zeros then."""
+        load_own_tokens(self.device.parts.slots, self.device.parts.weights)
+
     # -- compute kernels --------------------------------------------------------------------------------------------
 
     def measure(self, bench: Bench, point: Point) -> Row:
@@ -125,6 +129,7 @@ class Bed:
 
     def measure_sequence(self, bench: Bench, point: Point) -> Row:
         """All compute kernels of a forward pass in a row: what a kernel takes longer for following another one."""
+        self.load_own_tokens()
         shape = batch_of(int(point.at["rows"]))
         vector = function_vector(self.shapes.config, shape, self.shapes.layout)
         guess = sum(guess_us(kernel) for kernel in vector.kernels if not kernel.is_communication)

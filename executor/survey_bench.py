@@ -13,7 +13,7 @@ Body = Callable[[], None]
 REPETITIONS = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Sample:
     """The median of several timings, their interquartile range, and how many there were; microseconds or factors."""
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executor.inputs import load_own_tokens
 from executor.kernels import Collective, Gemm, bind
 from executor.slots import Slot
 from executor.weights import make_weights
@@ -124,6 +125,21 @@ def test_padding_and_what_a_slot_held_before_do_not_matter(
     assert torch.equal(ranks.run(replace(batch, ids=other)), first)
     alone = replace(batch, ids=batch.ids[1:2], lengths=batch.lengths[1:2])
     assert relative(ranks.run(alone), first[1:2]) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("config", TINY, ids=IDS)
+def test_computation_without_collectives_has_no_rows_of_zeros(config: ModelConfig, rank: int) -> None:
+    """A GPU is faster with zeros than with numbers, and rows of other ranks' tokens would be zeros."""
+    layout, shape = Layout(2, 1), BatchShape(4, 8)
+    weights = make_weights(config, layout, rank, "cpu", torch.float32, seed=0)
+    slot = Slot.allocate(config, layout, 0, shape, "cpu", torch.float32)
+    slot.poison()
+    load_own_tokens([slot], weights)
+    for operation in bind(config, layout, 0, weights, slot, shape)[: len(function_vector(config, shape, layout).layer)]:
+        if not isinstance(operation, Collective):
+            operation(None)
+    assert slot.whole.residual.abs().sum(dim=1).min() > 0.0
 
 
 @pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=lambda layout: f"tp{layout.tp}pp{layout.pp}")
