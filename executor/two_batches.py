@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,13 +22,31 @@ Body = Callable[[], None]
 def only(opened: Opened, *, comm: bool) -> Body:
     """The collectives of one forward pass, or everything else."""
     operations = opened.device.bound(0, opened.shapes[-1])
-    return one_by_one(opened.device.parts.groups, [op for op in operations if isinstance(op, Collective) == comm])
+    body = one_by_one(opened.device.parts.groups, [op for op in operations if isinstance(op, Collective) == comm])
+    return body if comm else in_turn(renewal(opened, 0), body)
 
 
 def serially(opened: Opened) -> Body:
     """Both batches, one after the other on one stream: plain tensor parallelism."""
-    operations = [op for slot in (0, 1) for op in opened.device.bound(slot, opened.shapes[-1])]
-    return one_by_one(opened.device.parts.groups, operations)
+    groups, shape = opened.device.parts.groups, opened.shapes[-1]
+    parts = [(renewal(opened, slot), one_by_one(groups, opened.device.bound(slot, shape))) for slot in (0, 1)]
+    return in_turn(*(body for each in parts for body in each))
+
+
+def renewal(opened: Opened, slot: int) -> Body:
+    """What a forward pass starts from, as loading a batch would leave it."""
+    parts = opened.device.parts
+    return partial(parts.loader.renew, parts.slots[slot], opened.shapes[-1])
+
+
+def in_turn(*bodies: Body) -> Body:
+    """One after the other, on the current stream."""
+
+    def body() -> None:
+        for each in bodies:
+            each()
+
+    return body
 
 
 def one_by_one(groups: Groups, operations: Sequence[Operation]) -> Body:
@@ -76,7 +95,7 @@ def plan(opened: Opened, options: Options) -> list[Launch]:
     scheduler = Scheduler("interleaved", options, opened.profile.of_free_host(), opened.scheduler().vectors_of)
     requests = tuple(replace(r, arrival_us=0.0) for r in opened.run.requests)
     for batch in scheduler.enter((requests, requests), 0.0):
-        opened.device.enter(batch, 0.0, lambda slot: None)
+        opened.device.enter(batch, 0.0, lambda slot: opened.device.parts.loader.renew(slot, opened.shapes[-1]))
     launches: list[Launch] = []
     while (round_ := scheduler.next_round(0.0)) is not None:
         launches += round_.launches

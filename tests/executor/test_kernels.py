@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor.inputs import load_own_tokens
+from executor.inputs import Loader, load_own_tokens
 from executor.kernels import Collective, Gemm, bind
 from executor.slots import Slot
+from executor.two_batches import only, serially
 from executor.weights import make_weights
 from models.config import MODELS, ModelConfig
 from models.kernel import Fragment, Kernel, Kind, SplitAxis
@@ -140,6 +144,23 @@ def test_computation_without_collectives_has_no_rows_of_zeros(config: ModelConfi
         if not isinstance(operation, Collective):
             operation(None)
     assert slot.whole.residual.abs().sum(dim=1).min() > 0.0
+
+
+@pytest.mark.parametrize("build", [serially, partial(only, comm=False)])
+def test_forward_passes_in_a_row_start_from_the_same_input(build: Callable[[Any], Callable[[], None]]) -> None:
+    """Without an embedding a pass would start from what the last one left, and its rows become alike."""
+    config, shape = replace(MODELS["tiny-glm"], vocab_size=0), BatchShape(2, 8)
+    weights = make_weights(config, Layout(), 0, "cpu", torch.float32, seed=0)
+    slots = [Slot.allocate(config, Layout(), 0, shape, "cpu", torch.float32) for _ in range(2)]
+    loader = Loader(config, torch.device("cpu"), torch.float32, shape)
+    parts = SimpleNamespace(groups=None, slots=slots, loader=loader)
+    bound = [bind(config, Layout(), 0, weights, slot, shape) for slot in slots]
+    device = SimpleNamespace(parts=parts, bound=lambda slot, shape: bound[slot])
+    body = build(SimpleNamespace(device=device, shapes=(shape,)))
+    body()
+    first = slots[0].whole.hidden.clone()
+    body()
+    assert first.std() > 0.01 and torch.equal(slots[0].whole.hidden, first)
 
 
 @pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=lambda layout: f"tp{layout.tp}pp{layout.pp}")
