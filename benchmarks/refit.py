@@ -38,14 +38,14 @@ KERNELS_FROM = "survey-kernels"
 # Whole forwards, of which one after the other and its parts alone say what a collective waits for.
 FORWARDS = "second-forward.jsonl"
 SUFFIX = "-fitted"
-# Of two GPUs everything was measured under load, and collectives, pairs and schedules again: link mode, and the node
-# that keeps what that cannot tell.
+# Of two GPUs everything was measured in one lease, kernels too; of other models, and of light kernels in pairs, what
+# was measured before stays. Link mode, and the node that keeps what that cannot tell.
 TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
-TWO_NOW = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-to-the-end"
+TWO_NOW = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-one-lease"
 OF_TWO = {"nvlink": "h200-nvlink-x4", "hoststaged": "h200-hoststaged-x4"}
-# Of so many pairs of light kernels one, for GEMMs to stay most of all.
-LIGHT_STEP = 5
 KERNELS_OF_TWO = ("survey-kernels-opt-glm", "survey-kernels-glm-llama")
+# Of so many older pairs of light kernels one, for GEMMs to stay most of all.
+LIGHT_STEP = 5
 
 
 def fitted(folder: Path, base: str) -> Fit:
@@ -80,14 +80,16 @@ def with_files(about: About, *paths: Path) -> About:
 
 def fitted_of_two(mode: str, base: str) -> Fit:
     """The same of two GPUs."""
-    name = f"survey-{mode}"
-    conditions, rows, about = read_folders([TWO_NOW / name, *(TWO / each for each in KERNELS_OF_TWO)],
-                                           f"h200-{mode}-x2{SUFFIX}")  # fmt: skip
-    before = read_measurements(TWO / name)[1]
-    rows = of_the_quicker_host(rows, before)
-    # Norms and attention were hardly measured again; what they suffer has little to do with clusters.
-    rows += [row for row in before if row.what == "pair" and row.at["kind"] != "gemm"][::LIGHT_STEP]
-    return fit_node(rows, on_machine(load_node(base), conditions[0]), with_files(about, TWO / name / ROWS))
+    survey = TWO_NOW / f"survey-{mode}"
+    conditions, rows, about = read_folders(
+        [survey, *(TWO / each for each in KERNELS_OF_TWO)], f"h200-{mode}-x2{SUFFIX}"
+    )
+    # Links do not matter to kernels, so one survey of them is for both link modes.
+    kernels, before = TWO_NOW / KERNELS_FROM, TWO / survey.name
+    light = [row for row in read_measurements(before)[1] if row.what == "pair" and row.at["kind"] != "gemm"]
+    latest = {row.key: row for row in [*light[::LIGHT_STEP], *rows, *read_measurements(kernels)[1]]}
+    about = with_files(about, kernels / ROWS, before / ROWS)
+    return fit_node(list(latest.values()), on_machine(load_node(base), conditions[0]), about)
 
 
 FITS: dict[str, Callable[[], Fit]] = {
