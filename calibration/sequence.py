@@ -12,10 +12,11 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import sqrt
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from calibration.holdout import UNMIXED
 from calibration.kernels import forward_pass, kernel_of, withheld_of
-from calibration.solve import Estimate
+from calibration.solve import Estimate, Floats
 from models.config import MODELS
 from models.kernel import Kernel, Kind
 from models.transformer import ELEMENT_BYTES
@@ -53,16 +54,20 @@ Rest = tuple[float, float, int]
 
 
 def _each(name: str, rows: list[Rest], base: float, what: str) -> Estimate:
-    """What makes up the difference of a whole and its parts, by their count: weighted least squares, a whole being
-    known up to a share of itself."""
+    """What makes up the difference of a whole and its parts, by their count: robust least squares, a whole being known
+    up to a share of itself. Wholes and parts that were measured at clocks some per cent apart are far off at once."""
     if len(rows) < 2:
         return Estimate(name, base, float("nan"), False, f"too few {what} were measured")
     total, parts, count = (np.array(column) for column in zip(*rows, strict=True))
-    weight = count / (SUM_ERROR * total) ** 2
-    value = float((weight * (total - parts)).sum() / (weight * count).sum())
-    scatter = (total - parts - value * count) / (SUM_ERROR * total)
-    expected = 1.0 / sqrt((weight * count).sum())
-    error = expected * max(1.0, sqrt(float((scatter**2).sum()) / (len(rows) - 1)))
+    known_up_to = SUM_ERROR * total
+
+    def off(each: Floats) -> Floats:
+        shares: Floats = (total - parts - each[0] * count) / known_up_to
+        return shares
+
+    found = least_squares(off, [0.0], loss="soft_l1")
+    value, scatter = float(found.x[0]), 2.0 * found.cost / (len(rows) - 1)
+    error = float(1.0 / np.linalg.norm(np.asarray(found.jac)) * max(1.0, sqrt(scatter)))
     if value < 2.0 * error:
         why = f"{value:.2g} us is within two standard errors ({error:.2g} us) of nothing"
         return Estimate(name, base, error, False, why)
