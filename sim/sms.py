@@ -220,7 +220,7 @@ class Sms:
         for running, cohort in cohorts:
             shape = running.shape
             assert shape is not None
-            slow = self._slowed(running.kernel.kind, [transfer for transfer, _ in moving])
+            slow = self._slowed(running.kernel.kind, moving)
             bandwidth = fair
             if not shape.is_plain and fair == float("inf"):
                 # There is enough for all on average; in those phases in which this one streams, it gets what is left.
@@ -254,17 +254,18 @@ class Sms:
             slow = 1.0 + (slow - 1.0) * min(1.0, drawn / self._bandwidth) ** MEMORY_ORDER
         return pace * slow
 
-    def _slowed(self, kind: Kind, transfers: list[Transfer]) -> float:
-        """What collectives under way cost a kernel beyond SMs and memory."""
-        if not transfers:
+    def _slowed(self, kind: Kind, moving: list[tuple[Transfer, float]]) -> float:
+        """What collectives under way cost a kernel beyond SMs and memory; of one whose CTAs are not all on SMs, as much
+        as it moves."""
+        if not moving:
             return 1.0
         slow = self._beside_comm[kind]
         if not (self._per_ctas or self._by_traffic):
             return slow
         if self._by_traffic:
-            per = self._per_ctas or max(t.ctas for t in transfers)
-            return 1.0 + (slow - 1.0) * sum(t.ctas * t.stream_share**2 for t in transfers) / per
-        return 1.0 + (slow - 1.0) * sum(t.ctas for t in transfers) / self._per_ctas
+            per = self._per_ctas or max(t.ctas for t, _ in moving)
+            return 1.0 + (slow - 1.0) * sum(t.ctas / short * t.stream_share**2 for t, short in moving) / per
+        return 1.0 + (slow - 1.0) * sum(t.ctas / short for t, short in moving) / self._per_ctas
 
     def _wanted(self, shape: Shape, ctas: int) -> float:
         """Bytes per microsecond that so many CTAs draw when nothing holds them up."""

@@ -138,13 +138,13 @@ def _span_beside_two_waves(node: NodeSpec, priority: bool, withheld: int) -> tup
     """Start and end of an all-reduce of 30 us that comes at 50 us."""
     slots = 100 - withheld
     big = Kernel("big", Kind.ATTENTION, flops=2 * 100.0 * 1e4 * slots, num_ctas=2 * slots)
-    return _span_beside(node, big, 30.0, at_us=50.0, priority=priority, withheld=withheld)
+    return _beside(node, big, 30.0, at_us=50.0, priority=priority, withheld=withheld)[1]
 
 
-def _span_beside(
+def _beside(
     node: NodeSpec, big: Kernel, comm_us: float, *, at_us: float = 0.0, priority: bool = True, withheld: int = 0
-) -> tuple[float, float]:
-    """Start and end of an all-reduce that comes beside a kernel."""
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Start and end of a kernel, and of an all-reduce that comes beside it."""
     world = World("tensor", node, [(FunctionVector((big,)),)], alone(priority=priority))
     device = Simulation(node, Layout(4, 1), world.scheduler, Fidelity(record=True)).fresh_device()
     device.on_progress = lambda device, batch_id, point: None
@@ -152,8 +152,8 @@ def _span_beside(
     later = device.env.timeout(at_us)
     later.callbacks.append(lambda _: device.issue(Launch(1, 0, 1, Lane.COMM), (comm(comm_us),), 0))
     device.env.run()
-    span = next(span for span in device.spans if span.is_communication)
-    return span.start_us, span.end_us
+    one, two = sorted(device.spans, key=lambda span: span.is_communication)
+    return (one.start_us, one.end_us), (two.start_us, two.end_us)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,17 @@ def test_a_collective_of_independent_ctas_moves_with_those_that_have_sms(
     assert _span_beside_two_waves(node, priority, 2) == pytest.approx((50.0, end_us), abs=0.01)
 
 
+def test_a_collective_slows_computation_as_much_as_it_moves() -> None:
+    """All four of its CTAs would double what a wave takes; the two that have SMs from 50 to 110 us make it half longer,
+    so that of the 50 us that were left 10 are behind its end."""
+    node = changed(ideal_node(comm_ctas=4), "link", independent_ctas=True)
+    node = changed(node, "contention", attention_by_comm=2.0, per_ctas=4.0)
+    big = Kernel("big", Kind.ATTENTION, flops=2 * 100.0 * 1e4 * 98, num_ctas=2 * 98)
+    compute, comm = _beside(node, big, 30.0, at_us=50.0, withheld=2)
+    assert comm == pytest.approx((50.0, 110.0), abs=0.01)
+    assert compute == pytest.approx((0.0, 220.0), abs=0.01)
+
+
 @pytest.mark.parametrize(("drawn", "slow"), [(0.1, 1.01), (0.5, 1.25), (0.9, 1.81)])
 def test_what_slows_communication_by_memory_goes_with_the_square_of_the_bandwidth_drawn(
     drawn: float, slow: float
@@ -185,7 +196,7 @@ def test_what_slows_communication_by_memory_goes_with_the_square_of_the_bandwidt
     node = changed(node, "device", hbm_gb_s=bandwidth / 1e3)
     node = changed(node, "link", hbm_per_byte=0.1)
     big = replace(compute(400.0), bytes_moved=400.0 * bandwidth * drawn)
-    start_us, end_us = _span_beside(node, big, 100.0)
+    start_us, end_us = _beside(node, big, 100.0)[1]
     assert end_us - start_us == pytest.approx(100.0 * slow, rel=1e-3)
 
 
