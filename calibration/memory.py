@@ -11,7 +11,7 @@ import numpy as np
 
 from calibration.holdout import shape_identity
 from calibration.kernels import kernel_of, label_of, withheld_of
-from calibration.overlap import OVERLAP, inverse_of, order_estimate, order_of
+from calibration.overlap import LEAST_OVERLAP, OVERLAP, inverse_of, order_estimate, order_of
 from calibration.solve import Estimate, Floats, Parameter, Problem, sigma_of, solve
 from calibration.vector import Others, others_us
 from sim.spec import DeviceSpec, OperationSpec
@@ -37,6 +37,8 @@ def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
     names = sorted({label_of(row.at) for row in rows})
     for name in names:
         fit = _fit_names([row for row in rows if label_of(row.at) == name], [name], device, ())
+        inverse, label = fit.estimates.pop(f"{name} {OVERLAP}"), f"{name} overlap order"
+        fit.estimates[label] = order_estimate(label, inverse, 1.0 / inverse.value)
         device, estimates = fit.device, estimates | fit.estimates
     device, typical = _typical_start(device, estimates, names, "elementwise_start_us")
     return OthersFit(device, estimates | typical)
@@ -72,6 +74,9 @@ def _fit_names(
         traffic = before.traffic
         parameters.append(Parameter(f"{name} start_us", start, 0.0, MOST_START_US, before.start_us, KNOWN_US))
         parameters.append(Parameter(f"{name} traffic", traffic, LEAST_TRAFFIC, MOST_TRAFFIC, traffic))
+        if not shared:
+            inverse = inverse_of(before.overlap_order)
+            parameters.append(Parameter(f"{name} {OVERLAP}", 0.5, LEAST_OVERLAP, 1.0, inverse, KNOWN_SHARE))
     parts = []
     for name in names:
         some = [row for row in rows if label_of(row.at) == name]
@@ -80,10 +85,11 @@ def _fit_names(
 
     def log_ratio(values: dict[str, float]) -> Floats:
         device = _shared(base, values)
-        found = [
-            np.log((others_us(p, device, values[f"{n} start_us"], values[f"{n} traffic"]) + base.graph_gap_us) / us)
-            for n, p, us in parts
-        ]
+        found = []
+        for n, p, us in parts:
+            order = 1.0 / values.get(f"{n} {OVERLAP}", 1.0)
+            said = others_us(p, device, values[f"{n} start_us"], values[f"{n} traffic"], order) + base.graph_gap_us
+            found.append(np.log(said / us))
         joined: Floats = np.concatenate(found)
         return joined
 
@@ -102,10 +108,14 @@ def _with_operations(
     operations = {operation.label: operation for operation in base.operations}
     for label, at in measured.items():
         start, traffic = estimates[f"{label} start_us"], estimates[f"{label} traffic"]
+        inverse = estimates.get(f"{label} {OVERLAP}")
         if start.is_determined or traffic.is_determined:
-            variant = str(at.get("variant", ""))
             operations[label] = OperationSpec(
-                name=str(at["name"]), variant=variant, start_us=start.value, traffic=traffic.value
+                name=str(at["name"]),
+                variant=str(at.get("variant", "")),
+                start_us=start.value,
+                traffic=traffic.value,
+                overlap_order=1.0 / inverse.value if inverse is not None else 1.0,
             )
     shared = _shared(base, {name: estimate.value for name, estimate in estimates.items()})
     return msgspec.structs.replace(shared, operations=tuple(operations.values()))

@@ -64,7 +64,7 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
         determined = choice and "no rows" not in choice
         return f"{told}, {choice}" if determined else _kept(base, key, "no rows with withheld SMs")
     if field == "operations":
-        parts = {name: e for name, e in estimates.items() if name.endswith((" start_us", " traffic"))}
+        parts = {name: e for name, e in estimates.items() if name.endswith((" start_us", " traffic", " overlap order"))}
         if not any(e.is_determined for e in parts.values()):
             return _kept(base, key, "")
         numbers = ", ".join(f"{name} {_number(e)}" for name, e in sorted(parts.items()))

@@ -76,7 +76,9 @@ class _Shapes:
     overlap_order: float
 
 
-def others_us(points: Others, device: DeviceSpec, start_us: float, traffic: float) -> Floats:
+def others_us(
+    points: Others, device: DeviceSpec, start_us: float, traffic: float, overlap_order: float = 1.0
+) -> Floats:
     """Solo microseconds of kernels of one operation that starts and moves bytes so."""
     sm_flops = device.peak_tflops * 1e6 / device.num_sms
     cta_bytes = points.bytes_moved * traffic / points.num_ctas
@@ -85,6 +87,8 @@ def others_us(points: Others, device: DeviceSpec, start_us: float, traffic: floa
         busy = points.flops / points.num_ctas / (sm_flops * device.attention_efficiency) + device.attention_cta_us
         order = device.attention_overlap_order
     lead = start_us / -(-points.num_ctas // device.num_sms)
+    if overlap_order != 1.0:
+        busy, order, lead = lead, overlap_order, np.zeros(len(cta_bytes))
     cta_us = np.maximum(busy, cta_bytes / (device.sm_bandwidth_gb_s * 1e3))
     shapes = _Shapes(points.num_ctas, cta_us, cta_bytes, lead, order)
     return _alone_us(shapes, _slots(points.withheld, device), device)

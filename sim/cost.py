@@ -48,6 +48,12 @@ class Shape:
         moved = self.num_ctas * self.cta_bytes / ctas
         return Shape(ctas, self.cta_us * each, moved, self.lead_us * each, self.overlap_order)
 
+    def slower_to_start(self, factor: float) -> Shape:
+        """The same CTAs, of an elementwise kernel or attention, whose start takes so many times as long."""
+        if self.lead_us or not self.overlap_order:
+            return Shape(self.num_ctas, self.cta_us, self.cta_bytes, self.lead_us * factor, self.overlap_order)
+        return Shape(self.num_ctas, self.cta_us * factor, self.cta_bytes, 0.0, self.overlap_order)
+
     def slower(self, factor: float) -> Shape:
         """The same CTAs, every one of which takes so many times as long, whatever bounds it."""
         return Shape(
@@ -91,26 +97,27 @@ def _cta_shape(kernel: Kernel, device: DeviceSpec, withheld_sms: int) -> Shape:
     if kernel.kind is Kind.GEMM:
         width = partition_sms(device, withheld_sms)
         return min(_gemm_shapes(kernel, device, width), key=lambda s: (alone_us(s, width, device), s.num_ctas))
-    start_us, traffic = _operation(kernel, device)
+    start_us, traffic, overlap_order = _operation(kernel, device)
     sm_flops = device.peak_tflops * 1e6 / device.num_sms  # per microsecond
     per_cta_bytes = kernel.bytes_moved * traffic / kernel.num_ctas
     busy = kernel.flops / kernel.num_ctas / (sm_flops * device.attention_efficiency) + device.attention_cta_us
     order = device.attention_overlap_order
-    if kernel.kind is Kind.ELEMENTWISE:
-        busy, order = 0.0, 0.0
     lead = start_us / -(-kernel.num_ctas // device.num_sms)
+    if kernel.kind is Kind.ELEMENTWISE:
+        busy, order, lead = (0.0, 0.0, lead) if overlap_order == 1.0 else (lead, overlap_order, 0.0)
     cta_us = max(busy, per_cta_bytes / (device.sm_bandwidth_gb_s * 1e3))
     return Shape(kernel.num_ctas, cta_us, per_cta_bytes, lead, order)
 
 
-def _operation(kernel: Kernel, device: DeviceSpec) -> tuple[float, float]:
-    """Of attention or an elementwise kernel: start (us), and bytes it really moves per byte of `bytes_moved`."""
+def _operation(kernel: Kernel, device: DeviceSpec) -> tuple[float, float, float]:
+    """Of attention or an elementwise kernel: start (us), bytes it really moves per byte of `bytes_moved`, and the order
+    in which the two overlap."""
     named = [operation for operation in device.operations if operation.name == kernel.name]
     for variant in (kernel.variant, ""):
         for operation in named:
             if operation.variant == variant:
-                return operation.start_us, operation.traffic
-    return device.attention_start_us if kernel.kind is Kind.ATTENTION else device.elementwise_start_us, 1.0
+                return operation.start_us, operation.traffic, operation.overlap_order
+    return device.attention_start_us if kernel.kind is Kind.ATTENTION else device.elementwise_start_us, 1.0, 1.0
 
 
 def _gemm_shapes(kernel: Kernel, device: DeviceSpec, width: int) -> list[Shape]:

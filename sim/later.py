@@ -30,6 +30,8 @@ def without_later(contents: dict[str, Any]) -> list[str]:
     for operation in contents["device"]["operations"]:
         if not operation["variant"]:
             del operation["variant"]
+        if operation["overlap_order"] == 1.0:
+            del operation["overlap_order"]
     for section, names in (("device", LATER), ("link", LATER_OF_LINK), ("contention", LATER_OF_CONTENTION)):
         for name in names:
             if not contents[section][name]:

@@ -239,10 +239,9 @@ class Sms:
 
     def _pace_us(self, kind: Kind, shape: Shape, ctas: int, bandwidth: float, slow: float) -> float:
         """A wave of so many CTAs, slowed as a whole or in what it spends on starting."""
-        pace = shape.pace_us(ctas, bandwidth)
         if not self._by_traffic or kind is Kind.GEMM:
-            return pace * slow
-        return pace + shape.lead_us * (slow - 1.0)
+            return shape.pace_us(ctas, bandwidth) * slow
+        return shape.slower_to_start(slow).pace_us(ctas, bandwidth)
 
     def _comm_pace(self, transfer: Transfer, cohorts: list[tuple[Running, Cohort]], pace: float, drawn: float) -> float:
         """How much slower than alone a collective moves beside compute that draws so many bytes per microsecond,

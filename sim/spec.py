@@ -37,13 +37,15 @@ class OperationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     `variant`, or of every one that has no numbers of its own.
 
     `start_us`: what it takes however little there is to do. `traffic`: bytes that it moves per byte of its
-    `bytes_moved`, which touches every operand once.
+    `bytes_moved`, which touches every operand once. `overlap_order`: of an elementwise kernel, how its start and its
+    traffic overlap, (a^p + b^p)^(1/p); 1: one after the other. Norms of several launches are near 2.
     """
 
     name: str
     start_us: NonNegative
     traffic: Positive = 1.0
     variant: str = ""
+    overlap_order: Annotated[float, Meta(ge=1, le=LARGEST)] = 1.0
 
     @property
     def label(self) -> str:

@@ -33,7 +33,7 @@ def truth() -> NodeSpec:
             OperationSpec(name="activation", start_us=2.5, traffic=1.0),
             OperationSpec(name="attention", start_us=9.0, traffic=1.5),
             OperationSpec(name="attn_norm", start_us=6.0, traffic=1.8),
-            OperationSpec(name="ffn_norm", start_us=6.0, traffic=1.8),
+            OperationSpec(name="ffn_norm", start_us=6.0, traffic=1.8, overlap_order=2.0),
         ),
     )  # fmt: skip
     sizes = tuple(4096 << step for step in range(15))

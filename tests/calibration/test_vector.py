@@ -37,10 +37,10 @@ def test_gemms(node: str, changes: dict[str, Any]) -> None:
     assert gemms_us(Gemms.of(kernels, withheld), spec.device) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", [Kind.ATTENTION, Kind.ELEMENTWISE])
-def test_attention_and_elementwise(kind: Kind) -> None:
+@pytest.mark.parametrize(("kind", "order"), [(Kind.ATTENTION, 1.0), (Kind.ELEMENTWISE, 1.0), (Kind.ELEMENTWISE, 1.9)])
+def test_attention_and_elementwise(kind: Kind, order: float) -> None:
     base = load_node("h200-nvlink-x4")
-    operation = OperationSpec(name="some", start_us=6.5, traffic=1.7)
+    operation = OperationSpec(name="some", start_us=6.5, traffic=1.7, overlap_order=order)
     device = msgspec.structs.replace(
         base.device, operations=(operation,), attention_cta_us=0.7, attention_overlap_order=1.5
     )
@@ -52,5 +52,5 @@ def test_attention_and_elementwise(kind: Kind) -> None:
         kernels.append(elementwise("some", int(moved)) if kind is Kind.ELEMENTWISE else attention)
     withheld = rng.choice([0, 8, 131], len(kernels)).tolist()
     expected = [costs.solo_us(kernel, sms) for kernel, sms in zip(kernels, withheld, strict=True)]
-    found = others_us(Others.of(kernels, withheld), spec.device, operation.start_us, operation.traffic)
+    found = others_us(Others.of(kernels, withheld), spec.device, operation.start_us, operation.traffic, order)
     assert found == pytest.approx(expected, rel=1e-12)

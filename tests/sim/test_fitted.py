@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from calibration.race import Pair, race
 from models.kernel import Fragment, Kernel, Kind, collective, elementwise, gemm
 from policy.batch import TICK_US
 from policy.options import Options
-from sim.cost import Costs, Shape, alone_us, cta_shape, partition_sms, slowed_comm
+from sim.cost import Costs, Shape, alone_us, cta_shape, memory_bandwidth, partition_sms, slowed_comm
 from sim.fitted import fit_notes
 from sim.later import LATER
 from sim.simulate import Fidelity
@@ -47,6 +48,14 @@ def test_a_number_that_is_used_changes_the_digest(name: str) -> None:
     changed = node(**{name: FITTED[name]})
     assert changed.digest != base.digest
     assert changed.numbers_digest != base.numbers_digest
+
+
+@pytest.mark.parametrize(("order", "us"), [(1.0, 7.0), (2.0, 5.0)])
+def test_the_start_of_a_norm_overlaps_with_its_traffic(order: float, us: float) -> None:
+    """A start of 3 us and 4 us of traffic."""
+    fitted = node(operations=(OperationSpec(name="attn_norm", start_us=3.0, overlap_order=order),))
+    moved = round(4.0 * memory_bandwidth(fitted.device))
+    assert Costs(fitted).solo_us(replace(elementwise("attn_norm", moved), num_ctas=132)) == pytest.approx(us, rel=0.01)
 
 
 @exact
