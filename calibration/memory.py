@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import msgspec
@@ -21,6 +21,8 @@ KNOWN_US, KNOWN_CTA_US, KNOWN_SHARE = 0.25, 0.1, 0.1
 EFFICIENCY, PER_CTA, ORDER = "attention_efficiency", "attention_cta_us", "attention_overlap_order"
 # A kernel may be many launches, or move every operand several times; beyond this something else is wrong.
 MOST_START_US, LEAST_TRAFFIC, MOST_TRAFFIC = 1e4, 0.05, 50.0
+# How much lower the robust cost must be for a number more: three standard errors of it.
+CLEARLY = 4.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,23 @@ class OthersFit:
 
     device: DeviceSpec
     estimates: dict[str, Estimate]
+    cost: float = 0.0
 
 
 def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
-    """Start and traffic of every name that was measured; the start of the others is taken to be their median."""
+    """Start and traffic of every name that was measured, and how they overlap where that explains its rows clearly
+    better than one after the other; the start of the others is taken to be their median."""
     device, estimates = base, dict[str, Estimate]()
     names = sorted({label_of(row.at) for row in rows})
     for name in names:
-        fit = _fit_names([row for row in rows if label_of(row.at) == name], [name], device, ())
+        some = [row for row in rows if label_of(row.at) == name]
+        in_turn, fit = (_fit_names(some, [name], device, (), overlap=overlap) for overlap in (False, True))
         inverse, label = fit.estimates.pop(f"{name} {OVERLAP}"), f"{name} overlap order"
+        if in_turn.cost < fit.cost + CLEARLY or not inverse.is_determined:
+            fit, inverse = (
+                in_turn,
+                replace(inverse, value=1.0, is_determined=False, why="one after the other fits as well"),
+            )
         fit.estimates[label] = order_estimate(label, inverse, 1.0 / inverse.value)
         device, estimates = fit.device, estimates | fit.estimates
     device, typical = _typical_start(device, estimates, names, "elementwise_start_us")
@@ -63,7 +73,12 @@ def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
 
 
 def _fit_names(
-    rows: Sequence[Measurement], names: Sequence[str], base: DeviceSpec, shared: tuple[Parameter, ...]
+    rows: Sequence[Measurement],
+    names: Sequence[str],
+    base: DeviceSpec,
+    shared: tuple[Parameter, ...],
+    *,
+    overlap: bool = False,
 ) -> OthersFit:
     known = {operation.label: operation for operation in base.operations}
     parameters = list(shared)
@@ -74,7 +89,7 @@ def _fit_names(
         traffic = before.traffic
         parameters.append(Parameter(f"{name} start_us", start, 0.0, MOST_START_US, before.start_us, KNOWN_US))
         parameters.append(Parameter(f"{name} traffic", traffic, LEAST_TRAFFIC, MOST_TRAFFIC, traffic))
-        if not shared:
+        if overlap:
             inverse = inverse_of(before.overlap_order)
             parameters.append(Parameter(f"{name} {OVERLAP}", 0.5, LEAST_OVERLAP, 1.0, inverse, KNOWN_SHARE))
     parts = []
@@ -96,9 +111,10 @@ def _fit_names(
     ordered = [row for name in names for row in rows if label_of(row.at) == name]
     sigma = sigma_of([row.values["us"] for row in ordered], [row.spread.get("us", 0.0) for row in ordered])
     groups = tuple(shape_identity(row) for row in ordered)
-    estimates = solve(Problem(tuple(parameters), log_ratio, sigma, groups, is_staircase=True)).estimates
+    solution = solve(Problem(tuple(parameters), log_ratio, sigma, groups, is_staircase=True))
+    estimates = dict(solution.estimates)
     measured = {label_of(row.at): row.at for row in rows}
-    return OthersFit(_with_operations(base, measured, estimates), estimates)
+    return OthersFit(_with_operations(base, measured, estimates), estimates, solution.cost)
 
 
 def _with_operations(
