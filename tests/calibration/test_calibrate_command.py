@@ -21,6 +21,10 @@ CONDITIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+# A fit takes minutes where several share a slow core.
+pytestmark = pytest.mark.timeout(900)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     surveyor = Surveyor(truth())
