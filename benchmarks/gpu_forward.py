@@ -62,13 +62,14 @@ def _lives(opened: Opened) -> dict[str, Any]:
 
 def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
     """Everything as one graph: the parts alone, tensor parallelism, the policy's plan, and forced partitions."""
-    load_own_tokens(opened.device.parts.slots, opened.device.parts.weights)
+    device, shape = opened.device, opened.shapes[-1]
+    load_own_tokens(device.parts.slots, device.parts.weights)
     variants: dict[str, Any] = {}
     notes: dict[str, str] = {}
     for name, body in (
-        ("compute", only(opened, comm=False)),
-        ("comm", only(opened, comm=True)),
-        ("serial", serially(opened)),
+        ("compute", only(device, shape, comm=False)),
+        ("comm", only(device, shape, comm=True)),
+        ("serial", serially(device, shape)),
     ):
         variants[name] = captured(body, opened, StreamKey(Lane.COMM if name == "comm" else Lane.COMPUTE))
     for name, options in _choices(opened.run):

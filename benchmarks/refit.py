@@ -6,7 +6,6 @@ Run: python benchmarks/refit.py [--out sim/nodes] [--report weft-refit] [--only 
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from calibration.plots import write_plots
 from calibration.report import lines_of
 from sim.spec import NodeSpec, load_node
 from traces.files import write_whole
-from traces.measurement import KERNELS, ROWS, Measurement, read_measurements
+from traces.measurement import KERNELS, ROWS, Measurement, file_hash, read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +73,7 @@ def of_the_quicker_host(rows: list[Measurement], before: list[Measurement]) -> l
 
 def with_files(about: About, *paths: Path) -> About:
     """With files of which a fit sees a part, and their hashes."""
-    found = {str(path.relative_to(DATA.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    found = {str(path.relative_to(DATA.parent)): file_hash(path) for path in paths}
     return replace(about, measurements=about.measurements | found)
 
 

@@ -31,7 +31,6 @@ class OthersFit:
 
     device: DeviceSpec
     estimates: dict[str, Estimate]
-    cost: float = 0.0
 
 
 def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
@@ -41,14 +40,13 @@ def fit_elementwise(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
     names = sorted({label_of(row.at) for row in rows})
     for name in names:
         some = [row for row in rows if label_of(row.at) == name]
-        in_turn, fit = (_fit_names(some, [name], device, (), overlap=overlap) for overlap in (False, True))
+        in_turn, cost_in_turn = _fit_names(some, [name], device, ())
+        fit, cost = _fit_names(some, [name], device, (), overlap=True)
         inverse, label = fit.estimates.pop(f"{name} {OVERLAP}"), f"{name} overlap order"
-        if in_turn.cost < fit.cost + CLEARLY or not inverse.is_determined:
-            fit, inverse = (
-                in_turn,
-                replace(inverse, value=1.0, is_determined=False, why="one after the other fits as well"),
-            )
-        fit.estimates[label] = order_estimate(label, inverse, 1.0 / inverse.value)
+        if cost_in_turn < cost + CLEARLY or not inverse.is_determined:
+            fit = in_turn
+            inverse = replace(inverse, value=1.0, is_determined=False, why="one after the other fits as well")
+        fit.estimates[label] = order_estimate(label, inverse, order_of(inverse.value))
         device, estimates = fit.device, estimates | fit.estimates
     device, typical = _typical_start(device, estimates, names, "elementwise_start_us")
     return OthersFit(device, estimates | typical)
@@ -64,7 +62,7 @@ def fit_attention(rows: Sequence[Measurement], base: DeviceSpec) -> OthersFit:
         Parameter(PER_CTA, per_cta or 0.5, 0.0, MOST_START_US, per_cta, KNOWN_CTA_US),
         Parameter(OVERLAP, overlap or 0.5, 0.0, 1.0, overlap, KNOWN_SHARE),
     )
-    fit = _fit_names(rows, names, base, shared)
+    fit, _ = _fit_names(rows, names, base, shared)
     device, typical = _typical_start(fit.device, fit.estimates, names, "attention_start_us")
     estimates, inverse = fit.estimates | typical, fit.estimates[OVERLAP]
     del estimates[OVERLAP]
@@ -79,7 +77,8 @@ def _fit_names(
     shared: tuple[Parameter, ...],
     *,
     overlap: bool = False,
-) -> OthersFit:
+) -> tuple[OthersFit, float]:
+    """The fit and its robust cost; `overlap`: with how start and traffic overlap."""
     known = {operation.label: operation for operation in base.operations}
     parameters = list(shared)
     for name in names:
@@ -102,7 +101,7 @@ def _fit_names(
         device = _shared(base, values)
         found = []
         for n, p, us in parts:
-            order = 1.0 / values.get(f"{n} {OVERLAP}", 1.0)
+            order = order_of(values.get(f"{n} {OVERLAP}", 1.0))
             said = others_us(p, device, values[f"{n} start_us"], values[f"{n} traffic"], order) + base.graph_gap_us
             found.append(np.log(said / us))
         joined: Floats = np.concatenate(found)
@@ -114,7 +113,7 @@ def _fit_names(
     solution = solve(Problem(tuple(parameters), log_ratio, sigma, groups, is_staircase=True))
     estimates = dict(solution.estimates)
     measured = {label_of(row.at): row.at for row in rows}
-    return OthersFit(_with_operations(base, measured, estimates), estimates, solution.cost)
+    return OthersFit(_with_operations(base, measured, estimates), estimates), solution.cost
 
 
 def _with_operations(
@@ -131,7 +130,7 @@ def _with_operations(
                 variant=str(at.get("variant", "")),
                 start_us=start.value,
                 traffic=traffic.value,
-                overlap_order=1.0 / inverse.value if inverse is not None else 1.0,
+                overlap_order=order_of(inverse.value) if inverse is not None else 1.0,
             )
     shared = _shared(base, {name: estimate.value for name, estimate in estimates.items()})
     return msgspec.structs.replace(shared, operations=tuple(operations.values()))

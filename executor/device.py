@@ -180,7 +180,7 @@ class Device:
             # Not inside a capture: pinned memory that a capture has used is of no use to anybody behind it.
             copies = steps.ends and self.copy_out and not self._capturing and ready is pieces[-1]
             after = self._copy_out(flight) if copies else None
-            waits = [self._issue_piece(flight, ready, waits, _in_turn(before, ready.work, after), round_id)]
+            waits = [self._issue_piece(flight, ready, waits, _around(before, ready.work, after), round_id)]
         flight.points.append(steps.point)
         flight.tickets.append(waits[0])
 
@@ -261,7 +261,7 @@ class Device:
         else:
             calls = self._calls(batch, span, launch.fragment, launch.max_ctas, loose=not self._capturing)
         notes = tuple(self._notes(batch, first, last, launch.fragment)) if comm or opaque else ()
-        return Ready(_one(calls), key, occupied, comm, opaque, _name(vector, first, last), notes, first, last)
+        return Ready(in_turn(calls), key, occupied, comm, opaque, _name(vector, first, last), notes, first, last)
 
     # -- bodies -----------------------------------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ class Device:
         """A range as one graph, made when it first runs."""
         graphs = self.parts.graphs
         assert graphs is not None
-        body = _one(self._calls(batch, span, None, max_ctas))
+        body = in_turn(self._calls(batch, span, None, max_ctas))
         if span[1] - span[0] == 1:
             return body
         opaque = batch.vectors[self.stage].run_end[span[0]] < span[1]
@@ -399,7 +399,7 @@ def _layer_end(vector: FunctionVector, first: int) -> int:
     return len(vector) + 1
 
 
-def _one(calls: list[Body]) -> Body:
+def in_turn(calls: Sequence[Body]) -> Body:
     """Calls as one."""
     if len(calls) == 1:
         return calls[0]
@@ -411,7 +411,7 @@ def _one(calls: list[Body]) -> Body:
     return body
 
 
-def _in_turn(before: Body | None, body: Body, after: Body | None) -> Body:
+def _around(before: Body | None, body: Body, after: Body | None) -> Body:
     if before is None and after is None:
         return body
 

@@ -36,8 +36,7 @@ from executor.survey_traffic import Traffic
 from traces.measurement import KERNELS, SEEN, SEQUENCE, Conditions, Measurement, MeasurementLog
 
 MOST_WORDS = 300
-# Microseconds, their spread, and repetitions.
-Timing = tuple[float, float, int]
+Times = list[Sample | None]
 
 
 class Orders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +69,7 @@ def survey(session: Session, orders: Orders) -> None:
         status.enter(f"measure {points[0].what} {points[0].model}".rstrip())
         found = surveyor.measure(points)
         reasons = mail.gather("reasons", [each if isinstance(each, str) else "" for each in found], list)
-        times = mail.gather("times", [lone_us(*each) for each in zip(points, found, strict=True)], list)
+        times = mail.gather("times", [lone_us(*each) for each in zip(points, found, strict=True)], Times)
         if keeper is not None:
             keeper.keep(points, found, reasons, times)
     if keeper is not None:
@@ -122,7 +121,7 @@ class Keeper:
         points: list[Point],
         found: list[Row | str | None],
         reasons: list[list[str]],
-        times: list[list[Timing | None]],
+        times: list[Times],
     ) -> None:
         """Rows to the file, failures to the lead: a point that failed on any rank has failed. `reasons` and `times`: by
         rank."""
@@ -148,18 +147,15 @@ class Keeper:
         self.log.finish(_now(), skipped=skipped, refused=refused, seconds=seconds)
 
 
-def lone_us(point: Point, row: Row | str | None) -> Timing | None:
+def lone_us(point: Point, row: Row | str | None) -> Sample | None:
     """How long what a rank does without the others took it; nothing of what ranks do together."""
     is_lone = point.what in (*KERNELS, SEQUENCE) or point.at.get("schedule") == COMPUTE_ALONE
-    if not is_lone or not isinstance(row, Row):
-        return None
-    us = row.samples["us"]
-    return us.value, us.spread, us.repetitions
+    return row.samples["us"] if is_lone and isinstance(row, Row) else None
 
 
-def of_the_slowest(row: Row, times: Sequence[Timing | None]) -> Row:
+def of_the_slowest(row: Row, times: Sequence[Sample | None]) -> Row:
     """A row with the slowest rank's time, for which the others would wait at the next collective; and the fastest's."""
-    known = sorted(Sample(*each) for each in times if each is not None)
+    known = sorted(time for time in times if time is not None)
     if len(known) < 2:
         return row
     return replace(row, samples=row.samples | {"us": known[-1], "fastest_us": known[0]})

@@ -41,7 +41,7 @@ def measure_batches(
     bed.load_own_tokens()
     if not isinstance(bench, CudaBench):
         # A CPU's lanes are threads that share its cores: only one batch after the other means anything there.
-        return [Row({"us": bench.compute(0, [serially(opened)], 0.0)}) for _ in points]
+        return [Row({"us": bench.compute(0, [serially(opened.device, opened.shapes[-1])], 0.0)}) for _ in points]
     torch.cuda.empty_cache()  # every graph has memory of its own; what the last ones had comes back only so
     built: dict[int, Built] = {}
     found: dict[int, Row | str] = {}
@@ -70,8 +70,8 @@ def _run_in(bed: Bed, bench: CudaBench, number: int, graph: Captured) -> int:
 
 
 def _build(opened: Opened, bench: CudaBench, schedule: str) -> Built:
-    lanes, options = bench.lanes, opened.run.options
-    whole = {SERIAL: serially(opened), COMPUTE_ALONE: only(opened, comm=False), COMM_ALONE: only(opened, comm=True)}
+    lanes, options, what = bench.lanes, opened.run.options, (opened.device, opened.shapes[-1])
+    whole = {SERIAL: serially(*what), COMPUTE_ALONE: only(*what, comm=False), COMM_ALONE: only(*what, comm=True)}
     if schedule in whole:
         key = StreamKey(Lane.COMM if schedule == COMM_ALONE else Lane.COMPUTE)
         return Built(Captured(captured(whole[schedule], opened, key), lanes.stream(key), 1))

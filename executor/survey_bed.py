@@ -22,7 +22,7 @@ from executor.settings import RunSettings
 from executor.slots import Slot
 from executor.survey_bench import Bench, Body, Row
 from executor.survey_points import SEQUENCE, Grid, Point, Shapes
-from executor.two_batches import in_turn, one_by_one
+from executor.two_batches import only
 from executor.warm_up import made_up_requests, run_through
 from executor.weights import make_weights
 from models.kernel import Fragment, Kernel
@@ -133,10 +133,7 @@ class Bed:
         shape = batch_of(int(point.at["rows"]))
         vector = function_vector(self.shapes.config, shape, self.shapes.layout)
         guess = sum(guess_us(kernel) for kernel in vector.kernels if not kernel.is_communication)
-        computes = [op for op in self.device.bound(0, shape) if not isinstance(op, Collective)]
-        loader, slot = self.device.parts.loader, self.device.parts.slots[0]
-        body = in_turn(partial(loader.renew, slot, shape), one_by_one(self.groups, computes))
-        return Row({"us": bench.compute(0, [body], guess)})
+        return Row({"us": bench.compute(0, [only(self.device, shape, comm=False)], guess)})
 
     # -- two batches ------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,12 @@ from functools import partial
 
 import torch
 
+from executor.device import Device, in_turn
 from executor.groups import Groups
 from executor.lanes import StreamKey
 from executor.operations import Collective, Operation
 from executor.session import Opened
+from models.transformer import BatchShape
 from policy.options import Options
 from policy.round import Lane, Launch
 from policy.scheduler import Scheduler
@@ -19,34 +21,24 @@ from policy.scheduler import Scheduler
 Body = Callable[[], None]
 
 
-def only(opened: Opened, *, comm: bool) -> Body:
+def only(device: Device, shape: BatchShape, *, comm: bool) -> Body:
     """The collectives of one forward pass, or everything else."""
-    operations = opened.device.bound(0, opened.shapes[-1])
-    body = one_by_one(opened.device.parts.groups, [op for op in operations if isinstance(op, Collective) == comm])
-    return body if comm else in_turn(renewal(opened, 0), body)
+    operations = [op for op in device.bound(0, shape) if isinstance(op, Collective) == comm]
+    run = one_by_one(device.parts.groups, operations)
+    return run if comm else in_turn([_renewal(device, shape, 0), run])
 
 
-def serially(opened: Opened) -> Body:
+def serially(device: Device, shape: BatchShape) -> Body:
     """Both batches, one after the other on one stream: plain tensor parallelism."""
-    groups, shape = opened.device.parts.groups, opened.shapes[-1]
-    parts = [(renewal(opened, slot), one_by_one(groups, opened.device.bound(slot, shape))) for slot in (0, 1)]
-    return in_turn(*(body for each in parts for body in each))
+    calls: list[Body] = []
+    for slot in (0, 1):
+        calls += [_renewal(device, shape, slot), one_by_one(device.parts.groups, device.bound(slot, shape))]
+    return in_turn(calls)
 
 
-def renewal(opened: Opened, slot: int) -> Body:
+def _renewal(device: Device, shape: BatchShape, slot: int) -> Body:
     """What a forward pass starts from, as loading a batch would leave it."""
-    parts = opened.device.parts
-    return partial(parts.loader.renew, parts.slots[slot], opened.shapes[-1])
-
-
-def in_turn(*bodies: Body) -> Body:
-    """One after the other, on the current stream."""
-
-    def body() -> None:
-        for each in bodies:
-            each()
-
-    return body
+    return partial(device.parts.loader.renew, device.parts.slots[slot], shape)
 
 
 def one_by_one(groups: Groups, operations: Sequence[Operation]) -> Body:

@@ -193,7 +193,7 @@ class MeasurementLog:
         """Close, and write the manifest; `notes` go into it as they are."""
         self.close()
         files = [path for path in sorted(self.folder.glob("*.json*")) if path.name != MANIFEST]
-        hashes = {path.name: _file_hash(path) for path in files}
+        hashes = {path.name: file_hash(path) for path in files}
         manifest = {"finished": date, "rows": len(self.rows), "sha256": hashes, **notes}
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
 
@@ -235,7 +235,7 @@ def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
     if not isinstance(hashes, dict):
         raise ValueError(f"{folder / MANIFEST}: it has no hashes under 'sha256'")
     for name in {CONDITIONS: None, ROWS: None, **hashes}:
-        if hashes.get(name) != _file_hash(folder / name):
+        if hashes.get(name) != file_hash(folder / name):
             raise ValueError(f"{folder / name}: the file was changed after it was finished ({MANIFEST} has its hash)")
 
 
@@ -306,7 +306,8 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes; empty if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 

@@ -147,7 +147,9 @@ def test_computation_without_collectives_has_no_rows_of_zeros(config: ModelConfi
 
 
 @pytest.mark.parametrize("build", [serially, partial(only, comm=False)])
-def test_forward_passes_in_a_row_start_from_the_same_input(build: Callable[[Any], Callable[[], None]]) -> None:
+def test_forward_passes_in_a_row_start_from_the_same_input(
+    build: Callable[[Any, BatchShape], Callable[[], None]],
+) -> None:
     """Without an embedding a pass would start from what the last one left, and its rows become alike."""
     config, shape = replace(MODELS["tiny-glm"], vocab_size=0), BatchShape(2, 8)
     weights = make_weights(config, Layout(), 0, "cpu", torch.float32, seed=0)
@@ -156,7 +158,7 @@ def test_forward_passes_in_a_row_start_from_the_same_input(build: Callable[[Any]
     parts = SimpleNamespace(groups=None, slots=slots, loader=loader)
     bound = [bind(config, Layout(), 0, weights, slot, shape) for slot in slots]
     device = SimpleNamespace(parts=parts, bound=lambda slot, shape: bound[slot])
-    body = build(SimpleNamespace(device=device, shapes=(shape,)))
+    body = build(device, shape)
     body()
     first = slots[0].whole.hidden.clone()
     body()
