@@ -27,7 +27,7 @@ from policy.scheduler import Scheduler
 # runs for long enough that the GPU's power, and the clock with it, are its own and not the last variant's.
 PASSES, PASS_US, RUN_IN = 3, 150_000.0, 4
 # SM partitions and CTAs that are tried besides the policy's choice.
-FORCED = ((0, 0), (0, 8), (16, 8), (32, 8))
+FORCED = ((0, 0), (0, 8), (16, 0), (16, 8), (32, 8))
 
 
 def two_batches(session: Session, opened: Opened) -> dict[str, Any]:

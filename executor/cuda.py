@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 
 _cuda: Any = torch.cuda
+_core: Any = torch._C
 
 
 def new_event(*, timing: bool = False, blocking: bool = True) -> torch.cuda.Event:
@@ -19,14 +22,48 @@ def new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
     return cast(torch.cuda.Stream, _cuda.Stream(device, priority=priority))
 
 
-def partition_stream(context: Any) -> torch.cuda.Stream:
-    """A stream on which kernels get the SMs of a green context alone."""
+class PartitionStream(torch.cuda.Stream):
+    """A stream on which kernels get the SMs of a green context alone. `withheld_sms`: the others."""
+
+    withheld_sms = 0
+
+
+def partition_stream(context: Any, withheld_sms: int) -> PartitionStream:
+    """A stream of the green context, which lacks so many SMs."""
     found: Any = context.Stream()
-    if isinstance(found, torch.cuda.Stream):
-        return found
-    # Some versions give the general kind of stream, which CUDA events do not take.
+    # Made anew: some versions give the general kind of stream, which CUDA events do not take.
     ids = {"stream_id": found.stream_id, "device_index": found.device_index, "device_type": found.device_type}
-    return cast(torch.cuda.Stream, _cuda.Stream(**ids))
+    stream = cast(PartitionStream, cast(Any, PartitionStream)(**ids))
+    stream.withheld_sms = withheld_sms
+    return stream
+
+
+def enter(stream: torch.cuda.Stream) -> None:
+    """Make a stream the current one. GEMMs called or captured on it are made for the SMs that it has: left to itself
+    the library takes kernels whose CTAs fill the whole GPU in one wave, and a smaller one in two."""
+    torch.cuda.set_stream(stream)
+    size_gemms(getattr(stream, "withheld_sms", 0))
+
+
+def size_gemms(withheld_sms: int) -> None:
+    """Have GEMMs made for so many SMs fewer than the GPU has. Without torch's knob for it they stay as they are."""
+    wanted = withheld_sms or None
+    if not hasattr(_core, "_set_sm_carveout_experimental") or _core._get_sm_carveout_experimental() == wanted:
+        return
+    _core._set_sm_carveout_experimental(wanted)
+    # Of the libraries that torch calls, cuBLASLt heeds it.
+    cast(Any, torch.backends.cuda).preferred_blas_library("cublaslt" if wanted else "default")
+
+
+@contextmanager
+def on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """The stream is the current one, as by `enter`, within this block."""
+    before = torch.cuda.current_stream()
+    enter(stream)
+    try:
+        yield
+    finally:
+        enter(before)
 
 
 def priorities() -> tuple[int, int]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from executor.cuda import elapsed_us, has_ended, hold, new_event, new_stream, partition_stream, priorities
+from executor.cuda import elapsed_us, enter, has_ended, hold, new_event, new_stream, partition_stream, priorities
 from executor.lanes import Clock, StreamKey, Ticket, Work, random_delays
 from policy.round import Lane
 
 # Place in the range of priorities: communication first, then the oldest batch, then fills.
 URGENCY = {Lane.COMM: 1.0, Lane.COMPUTE: 0.5, Lane.FILL: 0.0}
+# A green context has a multiple of so many SMs on compute capability 9.0, so perhaps some more than it was asked for.
+SMS_TOGETHER = 8
 CYCLES_PER_US = 1_500.0
 
 
@@ -57,20 +60,21 @@ class CudaLanes:
         """The stream of a lane under a partition."""
         stream = self._streams.get(key)
         if stream is None:
-            stream = self._streams[key] = partition_stream(self._partition(key.withheld_sms))
+            stream = self._streams[key] = self._partition_stream(key.withheld_sms)
         return stream
 
-    def _partition(self, withheld_sms: int) -> Any:
-        """The green context of all SMs but these. Both compute lanes share it, as they share the SMs."""
+    def _partition_stream(self, withheld_sms: int) -> torch.cuda.Stream:
+        """Of the green context of all SMs but these. Both compute lanes share it, as they share the SMs."""
+        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if not 0 < withheld_sms < total:
+            raise ValueError(f"{withheld_sms} SMs cannot be withheld from compute: the GPU has {total}")
         if withheld_sms not in self._contexts:
             from torch.cuda.green_contexts import GreenContext
 
-            total = torch.cuda.get_device_properties(self.device).multi_processor_count
-            if not 0 < withheld_sms < total:
-                raise ValueError(f"{withheld_sms} SMs cannot be withheld from compute: the GPU has {total}")
             context = GreenContext.create(num_sms=total - withheld_sms, device_id=self.device.index)
             self._contexts[withheld_sms] = context
-        return self._contexts[withheld_sms]
+        given = math.ceil((total - withheld_sms) / SMS_TOGETHER) * SMS_TOGETHER
+        return partition_stream(self._contexts[withheld_sms], max(0, total - given))
 
     # -- work -------------------------------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ class CudaLanes:
                 stream.wait_event(wait.end)  # type: ignore[attr-defined]
         if stream is not self._current:
             # Not set back afterwards: the next piece sets its own, and nothing else here depends on it.
-            torch.cuda.set_stream(stream)
+            enter(stream)
             self._current = stream
         if self._delayed:
             hold(int(next(self._delays_us) * CYCLES_PER_US))
@@ -97,7 +101,7 @@ class CudaLanes:
 
     def leave(self) -> None:
         """Make the default stream current again."""
-        torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+        enter(torch.cuda.default_stream(self.device))
         self._current = None
 
     def _event(self) -> torch.cuda.Event:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice, product
@@ -27,8 +26,6 @@ from policy.regime import SERIAL, RegimeOf, choose_regime, roll
 from policy.scheduler import POLICIES, Scheduler
 
 MAX_SHAPES_FORESEEN = 20
-# SM partitions that are tried out before a run.
-MOST_REHEARSED = 4
 # What is rehearsed, and how often: enough batches for unlike ones to meet, to their end. Eight layers of 48 stood for
 # them at first; where batches come and go that often overlap gained 1 % of what it gains in the whole model, 7 %.
 # Batches come in turns, one for every slot, so that each finds the slot again for which its graphs were made. As many
@@ -41,6 +38,8 @@ LEAST_TURNS, MOST_TURNS, LAYERS, REHEARSALS = 2, 4, 96, 5
 STUMBLING_HOST = 2.0
 
 overlap = POLICIES["interleaved"]
+# SMs withheld from computation, and CTAs of collectives (0: the library's own number).
+Choice = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -82,6 +81,13 @@ class Rehearsal:
         vectors = tuple(function_vector(self.run.model, shape, self.run.layout, 0) for shape in self.shapes)
         return roll(vectors, regime_of, options, self.profile).total_us
 
+    def beliefs_us(self) -> dict[Choice, float]:
+        """How long overlap takes in belief under every SM partition and number of CTAs that the options leave open."""
+        options, profile = self.run.options, self.profile
+        partitions = profile.partitions if options.partition < 0 else (options.partition,)
+        ctas = profile.ctas if options.comm_ctas < 0 else (options.comm_ctas,)
+        return {choice: self.believed_us(options, always(*choice)) for choice in product(partitions, ctas)}
+
 
 def corrected(
     run: RunSettings, device: Device, mail: Mail, table: dict[str, Any], shapes: Sequence[BatchShape]
@@ -96,15 +102,14 @@ def corrected(
     if device.parts.graphs is None:
         return table
     rehearsal.profile = profile_from(table)
-    regimes = regimes_of(run, rehearsal.profile, shapes)
-    return table if regimes is None else table | _rehearsed(rehearsal, mail, regimes)
+    return table | _rehearsed(rehearsal, mail) if _foresees(run, shapes) else table
 
 
-def _rehearsed(rehearsal: Rehearsal, mail: Mail, regimes: Sequence[Regime]) -> dict[str, Any]:
+def _rehearsed(rehearsal: Rehearsal, mail: Mail) -> dict[str, Any]:
     """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
-    everything: those that beliefs want most are rehearsed, and the fastest stays. So is one batch at a time."""
+    everything: the fastest of a few. One batch at a time is rehearsed, too."""
     options, profile = rehearsal.run.options, rehearsal.profile
-    choices = [_forced(options, *choice) for choice in _wanted(options, regimes)]
+    choices = [_forced(options, *choice) for choice in worth_rehearsing(rehearsal.beliefs_us())]
     # Overlapping asks more of the host, which stumbles more in a run than here: the second slowest time counts.
     times = [rehearsal.timed_us(forced, overlap)[-2] for forced in choices]
     times.append(median(rehearsal.timed_us(options, partial(plan_under, SERIAL))))
@@ -124,18 +129,31 @@ def _rehearsed(rehearsal: Rehearsal, mail: Mail, regimes: Sequence[Regime]) -> d
 def regimes_of(run: RunSettings, profile: Profile, shapes: Sequence[BatchShape]) -> list[Regime] | None:
     """The regimes of every pair of shapes, chosen now: in the run that would hold up every rank at each new pair. None
     if there are too many pairs to foresee."""
-    if run.policy != "interleaved" or len(shapes) > MAX_SHAPES_FORESEEN:
+    if not _foresees(run, shapes):
         return None
     vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
     return [choose_regime(pair, run.options, profile) for pair in product(vectors, vectors)]
 
 
-def _wanted(options: Options, regimes: Sequence[Regime]) -> list[tuple[int, int]]:
-    """SM partitions and CTAs that pairs of shapes want in belief, the most wanted first; and to leave both alone."""
-    wanted = Counter((regime.withheld_sms, regime.max_ctas) for regime in regimes if regime.overlap)
-    choices = sorted(wanted, key=lambda choice: (-wanted[choice], choice))[:MOST_REHEARSED]
-    alone = max(0, options.partition), max(0, options.comm_ctas)
-    return choices if alone in choices else [*choices, alone]
+def _foresees(run: RunSettings, shapes: Sequence[BatchShape]) -> bool:
+    return run.policy == "interleaved" and len(shapes) <= MAX_SHAPES_FORESEEN
+
+
+def worth_rehearsing(believed_us: Mapping[Choice, float]) -> list[Choice]:
+    """For every number of CTAs the SM partition that is believed fastest, for beliefs about CTAs are the least sure: of
+    OPT-30B at 256 rows, host-staged, eight were believed best and took 7 % longer than the library's own number. With
+    that, also to withhold no SMs, and the fastest of the partitions that withhold some."""
+    counts = sorted({ctas for _, ctas in believed_us})
+    plain = [choice for choice in believed_us if choice[1] == counts[0]]
+    groups = [[choice for choice in believed_us if choice[1] == count] for count in counts]
+    groups += [[choice for choice in plain if choice[0]], [choice for choice in plain if not choice[0]]]
+    return list(dict.fromkeys(min(group, key=lambda choice: believed_us[choice]) for group in groups if group))
+
+
+def always(withheld_sms: int, max_ctas: int) -> RegimeOf:
+    """Overlap, under this partition."""
+    regime = Regime(overrun=1.0, withheld_sms=withheld_sms, max_ctas=max_ctas)
+    return lambda oldest: regime
 
 
 def _forced(options: Options, withheld: int, ctas: int) -> Options:

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from executor.cuda import elapsed_us, hold, new_event
+from executor.cuda import elapsed_us, hold, new_event, on
 from executor.graphs import capture
 from executor.lanes import StreamKey
 from policy.round import Lane
@@ -95,7 +95,7 @@ class CudaStopwatch:
             for call in calls:
                 call()
 
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        with torch.inference_mode(), on(stream):
             body()  # nothing is captured at its first use
             torch.cuda.synchronize()
             try:
@@ -131,7 +131,7 @@ class CudaStopwatch:
         ends = []
         for key, (replay, _) in graphs:
             stream = self._stream_of(key)
-            with torch.cuda.stream(stream):
+            with on(stream):
                 if behind is not None:
                     stream.wait_event(behind)
                 replay()
@@ -146,7 +146,7 @@ def replays_us(stream: torch.cuda.Stream, replay: Body, count: int, head_start_c
     them brings ranks together that a collective binds: where one comes late, the others' clocks would run for it."""
     events = [new_event(timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize()
-    with torch.inference_mode(), torch.cuda.stream(stream):
+    with torch.inference_mode(), on(stream):
         replay()
         hold(head_start_cycles)
         events[0].record()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from executor.cuda import elapsed_us, hold, new_event, new_stream, priorities
+from executor.cuda import elapsed_us, hold, new_event, new_stream, on, priorities
 from executor.graphs import capture
 from executor.lanes import StreamKey
 from executor.lanes_cuda import CYCLES_PER_US, CudaLanes
@@ -97,7 +97,7 @@ class CudaBench:
                 calls[number % len(calls)]()
 
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
+        with on(stream):
             for call in calls[:count]:
                 call()
             torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from executor.cuda import hold
+from executor.cuda import hold, on
 from executor.survey_bed import Bed
 from executor.survey_bench import Body, Row, sample_of
 from executor.survey_cuda import CudaBench
@@ -81,13 +81,13 @@ def _row(kernel: Launched) -> Row:
 def _seen(calls: Sequence[Call], sm: Sm | None) -> list[Launched | str | None]:
     """The kernel of each call, or why it is not known; nothing where this rank has no part in it."""
     for stream, call in calls:  # what is made at a first use is made before
-        with torch.cuda.stream(stream):
+        with on(stream):
             if call is not None:
                 call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for stream, call in calls:
-            with torch.cuda.stream(stream):
+            with on(stream):
                 hold(MARKER_CYCLES)
                 if call is not None:
                     call()

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from executor.cuda import on
 from executor.device import Device, in_turn
 from executor.groups import Groups
 from executor.lanes import StreamKey
@@ -61,7 +62,7 @@ def captured(body: Body, opened: Opened, key: StreamKey) -> torch.cuda.CUDAGraph
 
     lanes = opened.device.parts.lanes
     assert isinstance(lanes, CudaLanes)
-    with torch.cuda.stream(lanes.stream(key)):
+    with on(lanes.stream(key)):
         body()
         torch.cuda.synchronize()
         graph = capture(torch.cuda.graph_pool_handle(), body)

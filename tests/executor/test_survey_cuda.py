@@ -112,7 +112,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     fakes: dict[str, Any] = {
         "capture": gpu.capture, "hold": gpu.hold, "elapsed_us": lambda one, two: two.us - one.us,
         "new_event": lambda **_: Event(gpu), "new_stream": lambda device, level: gpu.stream(level),
-        "priorities": lambda: (0, -5),
+        "priorities": lambda: (0, -5), "on": gpu.using,
     }  # fmt: skip
     for module in (stopwatch, survey_cuda, survey_pairs):
         for name, fake in fakes.items():

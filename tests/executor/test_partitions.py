@@ -1,0 +1,86 @@
+"""SM partitions: what a stream of one asks the GEMM library for, and which are tried out before a run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor import cuda
+from executor.cuda import enter, on
+from executor.rehearsal import Choice, worth_rehearsing
+
+
+class Library:
+    """Torch's knobs, and what they were set to."""
+
+    def __init__(self) -> None:
+        self.carveout: int | None = None
+        self.asked: list[tuple[int | None, str]] = []
+
+    def _get_sm_carveout_experimental(self) -> int | None:
+        return self.carveout
+
+    def _set_sm_carveout_experimental(self, value: int | None) -> None:
+        self.carveout = value
+
+    def prefer(self, name: str) -> None:
+        self.asked.append((self.carveout, name))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    library = Library()
+    current: list[Any] = ["the first stream"]
+    monkeypatch.setattr(cuda, "_core", library)
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", library.prefer)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    return library
+
+
+def stream_without(withheld_sms: int) -> Any:
+    return SimpleNamespace(withheld_sms=withheld_sms)
+
+
+def test_gemms_are_made_for_the_sms_of_their_stream_and_for_all_elsewhere(library: Library) -> None:
+    whole: Any = object()
+    enter(whole)
+    assert library.asked == []  # the library is left as it was
+    with on(stream_without(12)):
+        assert library.carveout == 12
+        enter(stream_without(12))  # asks no second time
+        enter(stream_without(28))
+    assert library.carveout is None
+    assert library.asked == [(12, "cublaslt"), (28, "cublaslt"), (None, "default")]
+
+
+def test_an_error_leaves_no_partition_behind(library: Library) -> None:
+    with pytest.raises(ValueError, match="broken"), on(stream_without(12)):
+        raise ValueError("broken")
+    assert library.carveout is None
+
+
+def test_without_the_knob_streams_still_serve(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_core", object())
+    enter(stream_without(12))
+    assert library.asked == [] and torch.cuda.current_stream().withheld_sms == 12  # type: ignore[attr-defined]
+
+
+CHOICES = st.dictionaries(st.tuples(st.sampled_from([0, 8, 16, 32]), st.sampled_from([0, 8, 16])), st.floats(1.0, 1e6),
+                          min_size=1)  # fmt: skip
+
+
+@given(CHOICES)
+def test_what_is_rehearsed_holds_the_best_belief_of_every_number_of_ctas(believed: dict[Choice, float]) -> None:
+    found = worth_rehearsing(believed)
+    assert len(set(found)) == len(found) and set(found) <= set(believed)
+    assert min(believed.values()) in [believed[choice] for choice in found]
+    assert {ctas for _, ctas in found} == {ctas for _, ctas in believed}
+    least = min(ctas for _, ctas in believed)
+    assert ((0, least) in found) == ((0, least) in believed)
+    assert any(p and c == least for p, c in found) == any(p and c == least for p, c in believed)
