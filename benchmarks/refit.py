@@ -18,7 +18,7 @@ from calibration.plots import write_plots
 from calibration.report import lines_of
 from sim.spec import NodeSpec, load_node
 from traces.files import write_whole
-from traces.measurement import KERNELS, ROWS, Measurement, file_hash, read_measurements
+from traces.measurement import KERNELS, LAUNCH, ROWS, Measurement, file_hash, read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +37,15 @@ KERNELS_FROM = "survey-kernels"
 # Whole forwards, of which one after the other and its parts alone say what a collective waits for.
 FORWARDS = "second-forward.jsonl"
 SUFFIX = "-fitted"
-# Of two GPUs everything was measured in one lease, kernels too; of other models, and of light kernels in pairs, what
-# was measured before stays. Link mode, and the node that keeps what that cannot tell.
+# Of two GPUs: a link mode, its latest survey, and the node that keeps what that cannot tell. Of other models, and of
+# light kernels in pairs, what was measured before stays.
 TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
-TWO_NOW = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-one-lease"
-OF_TWO = {"nvlink": "h200-nvlink-x4", "hoststaged": "h200-hoststaged-x4"}
+ONE_LEASE = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-one-lease"
+SIZED = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-sized-gemms"
+OF_TWO = {
+    "nvlink": (SIZED / "survey-nvlink", "h200-nvlink-x4"),
+    "hoststaged": (ONE_LEASE / "survey-hoststaged", "h200-hoststaged-x4"),
+}
 KERNELS_OF_TWO = ("survey-kernels-opt-glm", "survey-kernels-glm-llama")
 # Of so many older pairs of light kernels one, for GEMMs to stay most of all.
 LIGHT_STEP = 5
@@ -77,23 +81,30 @@ def with_files(about: About, *paths: Path) -> About:
     return replace(about, measurements=about.measurements | found)
 
 
-def fitted_of_two(mode: str, base: str) -> Fit:
+def fitted_of_two(mode: str, survey: Path, base: str) -> Fit:
     """The same of two GPUs."""
-    survey = TWO_NOW / f"survey-{mode}"
     conditions, rows, about = read_folders(
         [survey, *(TWO / each for each in KERNELS_OF_TWO)], f"h200-{mode}-x2{SUFFIX}"
     )
     # Links do not matter to kernels, so one survey of them is for both link modes.
-    kernels, before = TWO_NOW / KERNELS_FROM, TWO / survey.name
+    kernels, before = SIZED / KERNELS_FROM, TWO / survey.name
     light = [row for row in read_measurements(before)[1] if row.what == "pair" and row.at["kind"] != "gemm"]
+    now = {row.key for row in read_measurements(survey)[1]} if survey.parent == SIZED else set()
+    rows = [row for row in rows if row.key in now or not is_made_for_the_whole_gpu(row)]
     latest = {row.key: row for row in [*light[::LIGHT_STEP], *rows, *read_measurements(kernels)[1]]}
     about = with_files(about, kernels / ROWS, before / ROWS)
     return fit_node(list(latest.values()), on_machine(load_node(base), conditions[0]), about)
 
 
+def is_made_for_the_whole_gpu(row: Measurement) -> bool:
+    """Whether it times GEMMs under a partition as they were before they were made for its SMs."""
+    is_gemm = row.what in ("gemm", LAUNCH) or (row.what == "pair" and row.at["kind"] == "gemm")
+    return is_gemm and bool(row.at["withheld_sms"])
+
+
 FITS: dict[str, Callable[[], Fit]] = {
     **{base + SUFFIX: partial(fitted, DATA / name, base) for name, base in SURVEYS.items()},
-    **{f"h200-{mode}-x2{SUFFIX}": partial(fitted_of_two, mode, base) for mode, base in OF_TWO.items()},
+    **{f"h200-{mode}-x2{SUFFIX}": partial(fitted_of_two, mode, *of) for mode, of in OF_TWO.items()},
 }
 
 

@@ -14,9 +14,14 @@ from policy.round import Lane
 
 # Place in the range of priorities: communication first, then the oldest batch, then fills.
 URGENCY = {Lane.COMM: 1.0, Lane.COMPUTE: 0.5, Lane.FILL: 0.0}
-# A green context has a multiple of so many SMs on compute capability 9.0, so perhaps some more than it was asked for.
-SMS_TOGETHER = 8
 CYCLES_PER_US = 1_500.0
+
+
+def given_sms(asked: int, capability: tuple[int, int]) -> int:
+    """SMs of a green context that was asked for so many: they come by the eight from compute capability 9.0 on, by the
+    two before (CUDA programming guide, green contexts)."""
+    together = 8 if capability >= (9, 0) else 2
+    return math.ceil(asked / together) * together
 
 
 class CudaTicket:
@@ -73,7 +78,7 @@ class CudaLanes:
 
             context = GreenContext.create(num_sms=total - withheld_sms, device_id=self.device.index)
             self._contexts[withheld_sms] = context
-        given = math.ceil((total - withheld_sms) / SMS_TOGETHER) * SMS_TOGETHER
+        given = given_sms(total - withheld_sms, torch.cuda.get_device_capability(self.device))
         return partition_stream(self._contexts[withheld_sms], max(0, total - given))
 
     # -- work -------------------------------------------------------------------------------------------------------

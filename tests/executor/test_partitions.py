@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from executor import cuda
 from executor.cuda import enter, on
+from executor.lanes_cuda import given_sms
 from executor.rehearsal import Choice, worth_rehearsing
 
 
@@ -71,11 +72,18 @@ def test_without_the_knob_streams_still_serve(library: Library, monkeypatch: pyt
     assert library.asked == [] and torch.cuda.current_stream().withheld_sms == 12  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("asked", "capability", "given"), [
+    (116, (9, 0), 120), (120, (9, 0), 120), (124, (9, 0), 128), (92, (8, 0), 92), (91, (8, 0), 92), (148, (10, 0), 152),
+])  # fmt: skip
+def test_a_partition_has_whole_groups_of_sms(asked: int, capability: tuple[int, int], given: int) -> None:
+    assert given_sms(asked, capability) == given
+
+
 CHOICES = st.dictionaries(st.tuples(st.sampled_from([0, 8, 16, 32]), st.sampled_from([0, 8, 16])), st.floats(1.0, 1e6),
                           min_size=1)  # fmt: skip
 
 
-@given(CHOICES)
+@hypothesis.given(CHOICES)
 def test_what_is_rehearsed_holds_the_best_belief_of_every_number_of_ctas(believed: dict[Choice, float]) -> None:
     found = worth_rehearsing(believed)
     assert len(set(found)) == len(found) and set(found) <= set(believed)
