@@ -4,26 +4,31 @@ seen. Shapes that are held out get none, so that their errors stay those of the 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, prod
 from statistics import median
 
 from calibration.kernels import kernel_of, withheld_of
-from sim.cost import TABLE_BYTES
-from sim.spec import GemmTable, NodeSpec, next_larger
+from sim.cost import TABLE_BYTES, partition_sms
+from sim.spec import DeviceSpec, GemmTable, NodeSpec
 from traces.measurement import Measurement
 
 SHORTEST_US = 1e-3
-# In names such as nvjet_sm90_hsh_192x128_64x5_1x2_h_bz_coopB_bias_TNT: the tile (columns, rows) of the result.
-TILE = re.compile(r"^nvjet_\w+?_(\d+)x(\d+)_")
+# In names such as nvjet_sm90_hsh_192x128_64x5_1x2_h_bz_coopB_bias_TNT: the tile (columns, rows) of the result, and how
+# many CTAs lie side by side in a cluster.
+TILE = re.compile(r"^nvjet_\w+?_(\d+)x(\d+)_\d+x\d+_(\d+)x(\d+)_")
 LARGEST_TILE = 256 * 256
+# A shape: columns and inner dimension, SMs withheld, whether it is a piece. And CTAs, with how many in a cluster.
+Key = tuple[int, int, int, bool]
+Ctas = tuple[int, int]
 
 
 def gemm_tables(rows: Sequence[Measurement], launches: Sequence[Measurement], base: NodeSpec) -> tuple[GemmTable, ...]:
     """A table for each shape, partition, and whether it is a piece; the base's where nothing was measured. Several rows
     of one point, as of kernels of different names, count as their median. `base` is a node in series."""
     found: dict[tuple[int, int, int, bool], dict[int, list[float]]] = {}
-    seen = _launched(launches, base.device.num_sms)
+    seen = _launched(launches, base.device)
     for row in rows:
         kernel = kernel_of(row)
         if kernel.element_bytes == TABLE_BYTES:
@@ -35,34 +40,35 @@ def gemm_tables(rows: Sequence[Measurement], launches: Sequence[Measurement], ba
         GemmTable(
             cols=cols, inner=inner, withheld_sms=withheld, is_piece=is_piece, rows=tuple(sorted(points)),
             us=tuple(median(points[count]) for count in sorted(points)),
-            ctas=_ctas(seen.get((cols, inner, is_piece), {}), sorted(points)),
+            **_as_launched(seen, (cols, inner, withheld, is_piece), sorted(points)),
         )
         for (cols, inner, withheld, is_piece), points in sorted(found.items())
     ]  # fmt: skip
     return (*kept, *tables)
 
 
-def _launched(launches: Sequence[Measurement], num_sms: int) -> dict[tuple[int, int, bool], dict[int, int]]:
-    """CTAs by shape and rows, in units of what an SM holds: the library does not look at partitions."""
-    found: dict[tuple[int, int, bool], dict[int, int]] = {}
+def _launched(launches: Sequence[Measurement], device: DeviceSpec) -> dict[Key, dict[int, Ctas]]:
+    """CTAs, in units of what an SM holds, and how many of them are a cluster, by shape, partition and rows."""
+    found: dict[Key, dict[int, Ctas]] = {}
     for row in launches:
         at = row.at
         if at.get("element_bytes", TABLE_BYTES) != TABLE_BYTES:
             continue
-        key = int(at["cols"]), int(at["inner"]), int(at.get("cut", 1)) > 1
-        found.setdefault(key, {})[int(at["rows"])] = _in_turn(row, num_sms)
+        withheld = int(at.get("withheld_sms", 0))
+        key = int(at["cols"]), int(at["inner"]), withheld, int(at.get("cut", 1)) > 1
+        found.setdefault(key, {})[int(at["rows"])] = _in_turn(row, partition_sms(device, withheld))
     return found
 
 
-def _in_turn(row: Measurement, num_sms: int) -> int:
+def _in_turn(row: Measurement, num_sms: int) -> Ctas:
     """CTAs in units of what an SM holds; where there is one for every SM, the tiles that they take in turn, where the
     name of the kernel tells them: those that find none left in the last turn leave their SMs to others."""
     ctas, at = _filled(row), row.at
-    tile = TILE.search(str(at.get("kernel", ""))) if ctas == num_sms else None
-    if tile is None:
-        return ctas
-    cols, rows = int(tile[1]), int(tile[2])
-    return max(ctas, ceil(int(at["cols"]) / cols) * ceil(int(at["rows"]) / rows))
+    if (tile := TILE.search(str(at.get("kernel", "")))) is None:
+        return ctas, 1
+    cols, rows, *cluster = map(int, tile.groups())
+    tiles = ceil(int(at["cols"]) / cols) * ceil(int(at["rows"]) / rows) if ctas == num_sms else 0
+    return max(ctas, tiles), prod(cluster)
 
 
 def _filled(launch: Measurement) -> int:
@@ -77,9 +83,14 @@ def are_persistent(launches: Sequence[Measurement], num_sms: int) -> bool:
     return bool(large) and most <= num_sms
 
 
-def _ctas(seen: dict[int, int], rows: Sequence[int]) -> tuple[int, ...]:
-    """The CTAs at each number of rows: those of the next larger one that was seen, or of the largest."""
-    if not seen:
-        return ()
-    known = sorted(seen)
-    return tuple(next_larger(known, [seen[count] for count in known], some) for some in rows)
+def _as_launched(seen: dict[Key, dict[int, Ctas]], key: Key, rows: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """CTAs and clusters at each number of rows: those of the next larger one that was seen, or of the largest; under
+    this partition, or else on the whole device."""
+    cols, inner, _, is_piece = key
+    launched = seen.get(key) or seen.get((cols, inner, 0, is_piece))
+    if not launched:
+        return {}
+    known = sorted(launched)
+    places = (min(bisect_left(known, some), len(known) - 1) for some in rows)
+    ctas, clusters = zip(*(launched[known[place]] for place in places), strict=True)
+    return {"ctas": ctas, "clusters": clusters if max(clusters) > 1 else ()}

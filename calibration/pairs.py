@@ -38,6 +38,9 @@ BY_KIND = {"gemm": "gemm_by_comm", "attention": "attention_by_comm", "elementwis
 BACK = {"gemm": "comm_by_compute", "attention": "comm_by_attention", "elementwise": "comm_by_elementwise"}
 STREAM, BY_TRAFFIC, BY_MEMORY = "comm_stream_by_compute", "by_traffic", "comm_by_memory"
 INDEPENDENT = "independent_ctas"
+# SMs that lie together, by SMs of the device. Of a GH100's eight GPCs of 18 SMs (NVIDIA H100 whitepaper) a device with
+# 132 SMs lacks six TPCs of two; one for each of six GPCs is a guess.
+GPCS = {132: (18, 18, 16, 16, 16, 16, 16, 16)}
 # Beside a collective of how many CTAs slowdowns are said, where several numbers of CTAs were measured.
 PER_CTAS = 16.0
 # Small and large kernels of a kind differ by this much at least.
@@ -97,10 +100,12 @@ def _modelled(rows: Sequence[Measurement], base: NodeSpec) -> tuple[NodeSpec, So
     ways = [_contending(way, comm_by_memory=by_memory) for way, by_memory in product(ways, (False, True))]
     few = rows[:: -(-len(rows) // ROWS_FOR_WAYS)]
     base, solution, costs = _best(few, ways)
+    base, solution, landing = _landing(few, base, solution)
     if len(few) < len(rows):
         solution = solve(_problem(rows, base, _parameters(rows, base)))
     slowed = "the memory traffic of computation" if base.contention.comm_by_memory else "any computation"
     choices = {BY_MEMORY: f"collectives are slowed by {slowed} ({_compared([min(costs[::2]), min(costs[1::2])])})"}
+    choices |= landing
     begun = [min(costs[:2]), min(costs[2:])]
     if begun[0] != begun[1]:
         begin = "one by one" if base.link.independent_ctas else "together"
@@ -109,6 +114,25 @@ def _modelled(rows: Sequence[Measurement], base: NodeSpec) -> tuple[NodeSpec, So
         base, solution, costs = _best(rows, [base, _contending(base, by_traffic=True)], solution)
         share = "what a collective streams" if base.contention.by_traffic else "all collectives alike"
         choices[BY_TRAFFIC] = f"computation is slowed by {share} ({_compared(costs)})"
+    return base, solution, choices
+
+
+def _landing(
+    rows: Sequence[Measurement], base: NodeSpec, solution: Solution
+) -> tuple[NodeSpec, Solution, dict[str, str]]:
+    """Whether SMs that a collective has are lost to clusters of CTAs with their neighbours, where clusters were seen;
+    and whether it takes SMs of a partition too, where there were any."""
+    choices = {}
+    gpcs = GPCS.get(base.device.num_sms)
+    if gpcs and any(table.clusters for table in base.gemms):
+        clustered = msgspec.structs.replace(base, device=msgspec.structs.replace(base.device, gpcs=gpcs))
+        base, solution, costs = _best(rows, [base, clustered], solution)
+        lost = "are lost to clusters of CTAs with their neighbours" if base.device.gpcs else "are lost alone"
+        choices["gpcs"] = f"SMs that collectives have {lost}; sizes are assumed ({_compared(costs)})"
+    if any(map(withheld_of, rows)):
+        base, solution, costs = _best(rows, [base, _linked(base, ctas_anywhere=True)], solution)
+        where = "anywhere" if base.link.ctas_anywhere else "outside of a partition first"
+        choices["ctas_anywhere"] = f"CTAs of collectives land {where} ({_compared(costs)})"
     return base, solution, choices
 
 

@@ -39,7 +39,7 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     sources["link.join_us"] = _source(fit.estimates["link"]["join_us"], base, "link.join_us", told, "")
     changed = fit.node.link.partitions != base.link.partitions
     sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
-    for field in ("default_ctas", "independent_ctas"):
+    for field in ("default_ctas", "independent_ctas", "ctas_anywhere"):
         key, choice = f"link.{field}", fit.choices.get(field)
         sources[key] = f"{told}, {choice}" if choice else _base(base, key)
     if fit.node.gemms:
@@ -59,7 +59,7 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
             return _kept(base, key, "" if not tiles else "the fit left them as they were")
         numbers = ", ".join(f"{name} {_number(e)}" for name, e in tiles.items())
         return f"{told}, {fit.choices['gemm_tiles']}; {numbers}{_held_out(fit, 'gemm')}"
-    if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas", "gemm_persistent"):
+    if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas", "gemm_persistent", "gpcs"):
         choice = fit.choices.get(field, "")
         determined = choice and "no rows" not in choice
         return f"{told}, {choice}" if determined else _kept(base, key, "no rows with withheld SMs")

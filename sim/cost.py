@@ -29,6 +29,7 @@ class Shape:
     """A compute kernel as CTAs: how many, how long one takes with memory to itself, and how many bytes it moves.
 
     `lead_us`: what every wave spends besides, neither computing nor moving bytes. `overlap_order`: see `pace_us`.
+    `cluster`: how many CTAs need SMs side by side.
     """
 
     num_ctas: int
@@ -36,17 +37,18 @@ class Shape:
     cta_bytes: float
     lead_us: float = 0.0
     overlap_order: float = 0.0
+    cluster: int = 1
 
     @property
     def is_plain(self) -> bool:
         """Whether a CTA streams all the time, and computes all the time beside it."""
         return not self.lead_us and not self.overlap_order
 
-    def launched_as(self, ctas: int, sms: int) -> Shape:
+    def launched_as(self, ctas: int, sms: int, cluster: int = 1) -> Shape:
         """The same work in so many CTAs, on so many SMs."""
         each = -(-self.num_ctas // sms) / -(-ctas // sms)
         moved = self.num_ctas * self.cta_bytes / ctas
-        return Shape(ctas, self.cta_us * each, moved, self.lead_us * each, self.overlap_order)
+        return Shape(ctas, self.cta_us * each, moved, self.lead_us * each, self.overlap_order, cluster)
 
     def slower_to_start(self, factor: float) -> Shape:
         """The same CTAs, of an elementwise kernel or attention, whose start takes so many times as long."""
@@ -56,9 +58,8 @@ class Shape:
 
     def slower(self, factor: float) -> Shape:
         """The same CTAs, every one of which takes so many times as long, whatever bounds it."""
-        return Shape(
-            self.num_ctas, self.cta_us * factor, self.cta_bytes * factor, self.lead_us * factor, self.overlap_order
-        )
+        times = self.cta_us * factor, self.cta_bytes * factor, self.lead_us * factor
+        return Shape(self.num_ctas, *times, self.overlap_order, self.cluster)
 
     def pace_us(self, ctas: int, bandwidth: float) -> float:
         """One wave of `ctas` CTAs that share `bandwidth` (bytes per microsecond): bound by their SMs or by memory.
@@ -214,6 +215,19 @@ def fair_share(wants: list[float], capacity: float) -> float:
     return capacity
 
 
+@cache
+def lost_sms(gpcs: tuple[int, ...], taken: int, cluster: int) -> int:
+    """SMs that clusters of so many CTAs cannot use where a collective's CTAs have taken some: each takes one of the GPC
+    that has the most left, on a TPC (two SMs) of its own while there is one, and clusters lie within a GPC."""
+    if cluster == 1 or not gpcs:
+        return taken
+    left = list(gpcs)
+    for _ in range(taken):
+        left[left.index(max(left))] -= 1
+    whole = [max(0, size - 2 * (size - some)) for size, some in zip(gpcs, left, strict=True)]
+    return sum(size // cluster * cluster for size in gpcs) - sum(size // cluster * cluster for size in whole)
+
+
 class Costs:
     """Solo costs on one node, each computed once. Compute kernels never see more than the SMs that are not withheld."""
 
@@ -259,7 +273,7 @@ class Costs:
         ctas = table.ctas_at(rows)
         if not ctas:
             return shape
-        return shape.launched_as(slots if ctas == self.device.num_sms else ctas, slots)
+        return shape.launched_as(slots if ctas == self.device.num_sms else ctas, slots, table.cluster_at(rows))
 
     def ctas_of(self, kernel: Kernel, max_ctas: int, path: str = DEFAULT_PATH) -> int:
         """SMs that a collective occupies."""

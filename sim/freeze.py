@@ -61,6 +61,7 @@ class FrozenRunning(NamedTuple):
     lane: Lane
     ctas_left: int
     held: int
+    inside: int
     begun: bool
     cohorts: tuple[tuple[int, float, float, float, float], ...]
     transfer: tuple[float, ...]
@@ -108,7 +109,7 @@ def freeze(device: Device, numbers: dict[int, int], bases: list[int]) -> FrozenD
     def running(r: Running) -> FrozenRunning:
         cohorts = tuple((c.ctas, c.waves_left, c.pace_us, now - c.since_us, c.end_us - now) for c in r.cohorts)
         transfer = r.transfer.freeze(now) if r.transfer is not None else ()
-        return FrozenRunning(r.lane, r.ctas_left, r.held, r.start_us >= 0.0, cohorts, transfer)
+        return FrozenRunning(r.lane, r.ctas_left, r.held, r.inside, r.start_us >= 0.0, cohorts, transfer)
 
     where = {id(e): (lane, i) for lane in LANES for i, e in enumerate(device.streams[lane])}
     progress: list[tuple[int, float] | None] = [None] * len(numbers)
@@ -164,7 +165,7 @@ def _thaw_launch(frozen: FrozenLaunch, batches: list[Batch], bases: list[int]) -
 
 def _thaw_running(frozen: FrozenRunning, device: Device, now: float) -> Running:
     running = device.admit(device.streams[frozen.lane][0])
-    running.ctas_left, running.held = frozen.ctas_left, frozen.held
+    running.ctas_left, running.held, running.inside = frozen.ctas_left, frozen.held, frozen.inside
     running.start_us = now if frozen.begun else -1.0
     running.cohorts = [
         Cohort(ctas, left, pace, now - since, now + end) for ctas, left, pace, since, end in frozen.cohorts

@@ -8,8 +8,8 @@ from typing import Any
 LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
          "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
          "memory_gb", "partition_step", "gemm_wave_ctas", "gemm_persistent", "piece_us",
-         "switch_us")  # fmt: skip
-LATER_OF_LINK = ("default_ctas", "join_us", "independent_ctas")
+         "switch_us", "gpcs")  # fmt: skip
+LATER_OF_LINK = ("default_ctas", "join_us", "independent_ctas", "ctas_anywhere")
 LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas", "by_traffic",
                        "comm_by_memory")  # fmt: skip
 ALL_LATER = (*LATER, *LATER_OF_LINK, *LATER_OF_CONTENTION)
@@ -22,8 +22,9 @@ def without_later(contents: dict[str, Any]) -> list[str]:
         del contents["gemms"]
         found.append("gemms")
     for table in contents.get("gemms", ()):
-        if not table["ctas"]:
-            del table["ctas"]
+        for counts in ("ctas", "clusters"):
+            if not table[counts]:
+                del table[counts]
     for table in contents["link"]["tables"]:
         if not table["launched"]:
             del table["launched"]

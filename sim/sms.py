@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from models.kernel import Kernel, Kind
 from policy.round import Lane
-from sim.cost import Costs, Shape, fair_share, memory_bandwidth, slowed_comm, slowed_compute, up_to_grid
+from sim.cost import (
+    Costs,
+    Shape,
+    fair_share,
+    lost_sms,
+    memory_bandwidth,
+    slowed_comm,
+    slowed_compute,
+    up_to_grid,
+)
 from sim.express import resumed_cohort
 
 if TYPE_CHECKING:
@@ -38,7 +47,8 @@ class Cohort:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A kernel whose CTAs are on the SMs or wait for them; `limit` bounds how many SMs it may hold."""
+    """A kernel whose CTAs are on the SMs or wait for them; `limit` bounds how many SMs it may hold. `inside`: of a
+    collective's SMs, how many lie in the partition that computation was confined to when it took them."""
 
     kernel: Kernel
     entry: Entry
@@ -49,6 +59,7 @@ class Running:
     ctas_left: int
     cohorts: list[Cohort] = field(default_factory=list)
     held: int = 0
+    inside: int = 0
     transfer: Transfer | None = None
     start_us: float = -1.0
 
@@ -72,7 +83,7 @@ class Sms:
         self.busy = BusyTime()
         self.free = self.spec.num_sms
         self.settling = False
-        self._persistent = costs.device.gemm_persistent
+        self._persistent, self._gpcs = costs.device.gemm_persistent, costs.device.gpcs
         self._generation = 0
         self._counted_us = 0.0
         self._computing = self._communicating = 0
@@ -81,11 +92,13 @@ class Sms:
         self._beside_comm, self._comm_beside = slowed_compute(contention), slowed_comm(contention)
         self._stream_beside, self._per_ctas = contention.comm_stream_by_compute, contention.per_ctas
         self._by_traffic, self._by_memory = contention.by_traffic, contention.comm_by_memory
-        self._independent = costs.node.link.independent_ctas
+        self._independent, self._anywhere = costs.node.link.independent_ctas, costs.node.link.ctas_anywhere
 
     @property
     def only_waiting_transfers(self) -> bool:
         """Whether nothing runs but transfers that hold all their SMs and wait for their other side."""
+        if self.running and (self._gpcs or self._anywhere):
+            return False
         return all(r.transfer is not None and not r.transfer.started and not r.ctas_left for r in self.running)
 
     def add(self, running: Running) -> None:
@@ -177,12 +190,11 @@ class Sms:
         else:
             queue = sorted((r for r in self.running if r.ctas_left), key=lambda r: r.order)
         for running in queue:
-            room = running.limit
-            if running.limit < self.spec.num_sms:  # the partition is shared by everything that is confined to it
-                room -= sum(r.held for r in self.running if r.limit < self.spec.num_sms)
-            take = min(self.free, running.ctas_left, room)
+            take = min(self._room(running), running.ctas_left)
             if take <= 0:
                 continue
+            if running.transfer is not None:
+                running.inside += self._landed_inside(take)
             self.free -= take
             running.held += take
             if running.start_us < 0.0:
@@ -197,6 +209,29 @@ class Sms:
             waves = running.ctas_left // take if alone else 1
             running.ctas_left -= waves * take
             running.cohorts.append(Cohort(take, float(waves), 0.0, now))
+
+    def _room(self, running: Running) -> int:
+        """How many CTAs of a kernel find an SM now, of those that it may hold."""
+        if running.transfer is not None or running.shape is None:
+            return self.free
+        # A partition is shared by everything that is confined to it.
+        confined = running.limit < self.spec.num_sms
+        rivals = [r for r in self.running if r.transfer is None and (r.limit < self.spec.num_sms or not confined)]
+        room, lost = running.limit - sum(r.held for r in rivals), 0
+        if self._gpcs or self._anywhere:
+            inside = sum(r.inside if confined else r.held for r in self.running if r.transfer is not None)
+            lost = lost_sms(self._gpcs, inside, running.shape.cluster)
+        return max(0, min(self.free, room - lost))
+
+    def _landed_inside(self, take: int) -> int:
+        """Of so many SMs that a collective takes now, those of the partition in use: those outside it first, or, where
+        CTAs land anywhere, its share of what is free."""
+        limit = min((r.limit for r in self.running if r.transfer is None), default=self.spec.num_sms)
+        taken = sum(r.held - r.inside for r in self.running if r.transfer is not None)
+        outside = min(self.free, max(0, self.spec.num_sms - limit - taken))
+        if self._anywhere:
+            return take - round(take * outside / self.free)
+        return max(0, take - outside)
 
     def _begin(self, running: Running, now: float) -> None:
         running.start_us = now
@@ -305,6 +340,7 @@ class Sms:
         running.start_us = now - elapsed_us
         if running.transfer is not None:
             running.held, running.ctas_left = running.transfer.ctas, 0
+            running.inside = self._landed_inside(running.held)
             self._communicating += 1
             running.transfer.thaw(self.owner, running.transfer.alone_since(elapsed_us))
         else:

@@ -68,7 +68,9 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     `gemm_persistent`: a GEMM's CTAs take tile after tile, so that its SMs are nobody else's until it has no tile left.
     `gemm_overlap_order`: how well a GEMM's computing and its memory traffic overlap, see
     `sim.cost.Shape.pace_us`; 0 is perfectly. `split_us`: what cutting the inner dimension adds. `gemm_sees_partition`:
-    whether the library chooses tiles for the SMs that a partition leaves it. `partition_step`: compute that is
+    whether the library chooses tiles for the SMs that a partition leaves it. `gpcs`: how many SMs lie together,
+    where that is known: clusters of CTAs need SMs that do, so that those that a collective has are lost to them with
+    their neighbours. `partition_step`: compute that is
     confined to some SMs gets the next multiple of so many, or all there are. `piece_us`: a GEMM that is cut along its
     columns adds its bias in a launch of its own; what that takes beside moving its bytes. `attention_start_us`,
     `elementwise_start_us`: what one takes at least; `operations`: the same for kernels of one name. `attention_cta_us`:
@@ -94,6 +96,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     gemm_overlap_order: Order = 0.0
     split_us: NonNegative = 0.0
     gemm_sees_partition: bool = False
+    gpcs: tuple[Count, ...] = ()
     partition_step: Annotated[int, Meta(ge=0, le=10**6)] = 0
     piece_us: NonNegative = 0.0
     attention_start_us: NonNegative = 0.0
@@ -198,7 +201,7 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """What the GEMM library took for one shape (cols x inner) over its rows, alone on the SMs that are not withheld.
     `is_piece`: as a piece of a wider result. `ctas`: with how many CTAs it was launched, in units of what an SM holds
     at a time; where those are one for every SM and take tile after tile, how many tiles; none where that was not seen.
-    Half precision."""
+    `clusters`: how many CTAs start together on SMs side by side; none: each by itself. Half precision."""
 
     cols: Count
     inner: Count
@@ -207,11 +210,13 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     rows: Annotated[tuple[Count, ...], Meta(min_length=1)]
     us: tuple[Positive, ...]
     ctas: tuple[Count, ...] = ()
+    clusters: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         name = f"GEMM table {self.cols} x {self.inner}"
-        if self.ctas and len(self.ctas) != len(self.rows):
-            raise ValueError(f"{name}: {len(self.rows)} numbers of rows and {len(self.ctas)} of CTAs; need as many")
+        for what, counts in (("CTAs", self.ctas), ("clusters", self.clusters)):
+            if counts and len(counts) != len(self.rows):
+                raise ValueError(f"{name}: {len(self.rows)} numbers of rows and {len(counts)} of {what}; need as many")
         if len(self.rows) != len(self.us):
             raise ValueError(f"{name}: {len(self.rows)} numbers of rows and {len(self.us)} times; need as many")
         if any(a >= b for a, b in pairwise(self.rows)):
@@ -226,6 +231,10 @@ class GemmTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         was."""
         return next_larger(self.rows, self.ctas, rows) if self.ctas else 0
 
+    def cluster_at(self, rows: int) -> int:
+        """CTAs of a cluster at so many rows, in the same way; 1 if none was seen."""
+        return next_larger(self.rows, self.clusters, rows) if self.clusters else 1
+
 
 class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What joins the GPUs. `root_gb_s`: capacity that all flows share (PCIe root or host memory), 0 if there is none.
@@ -235,7 +244,8 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     the table that holds where no bound is asked for; 0: the one with the most. `join_us`: how much longer a collective
     takes behind computation than behind another collective, for which all ranks were there. `independent_ctas`: each
     CTA of a collective moves its share as soon as it is on an SM, and the others follow where there is room; else
-    nothing moves until all are.
+    nothing moves until all are. `ctas_anywhere`: they take whatever SMs are free, also of those that computation is
+    confined to; else those withheld from it first.
     """
 
     kind: str
@@ -247,6 +257,7 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     default_ctas: Annotated[int, Meta(ge=0, le=10**6)] = 0
     join_us: NonNegative = 0.0
     independent_ctas: bool = False
+    ctas_anywhere: bool = False
 
     def __post_init__(self) -> None:
         keys = [(t.op, t.ranks, t.ctas, t.path) for t in self.tables]

@@ -16,7 +16,7 @@ from calibration.fit import About, Fit, fit_node
 from calibration.holdout import is_held_out
 from calibration.kernels import kernel_of, with_cuts
 from calibration.node_file import beliefs, measured_models, node_text, write_node
-from calibration.pairs import fit_pairs
+from calibration.pairs import GPCS, fit_pairs
 from calibration.report import data_of, lines_of
 from models.config import MODELS
 from models.kernel import Kind, collective, gemm
@@ -24,7 +24,7 @@ from models.transformer import BatchShape, layer_kernels
 from policy.profile_table import profile_from
 from sim.cost import Costs
 from sim.fitted import fit_notes
-from sim.spec import NodeSpec, load_node
+from sim.spec import GemmTable, NodeSpec, load_node
 from tests.calibration.synthetic import MODEL_IDS, NOISE, Surveyor, truth
 from traces.measurement import Measurement
 
@@ -226,6 +226,27 @@ def test_a_wave_of_the_library_is_asked_of_pairs_where_only_collectives_were_see
     assert fit_pairs(rows, base).node.device.gemm_wave_ctas == 128
     seen = msgspec.structs.replace(base, device=msgspec.structs.replace(base.device, gemm_persistent=True))
     assert fit_pairs(rows, seen).node.device.gemm_wave_ctas == 124  # no wave but that of the SMs
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_whether_clusters_lose_the_neighbours_of_a_collectives_sms_is_found(together: bool) -> None:
+    base = truth()
+    layer = layer_kernels(MODELS["opt-30b"], BatchShape(4, 64), 4)
+    gemms = [kernel for kernel in layer if kernel.name in ("qkv_proj", "out_proj", "fc1")]
+    tables = [
+        GemmTable(cols=kernel.cols, inner=kernel.inner, rows=(256,), us=(us,), ctas=(112,), clusters=(2,))
+        for kernel, us in zip(gemms, (40.0, 25.0, 60.0), strict=True)
+    ]
+    launched = [msgspec.structs.replace(table, launched=(table.ctas,) * len(table.us)) for table in base.link.tables]
+    base = msgspec.structs.replace(
+        base, gemms=tuple(tables), device=msgspec.structs.replace(base.device, gemm_persistent=True),
+        link=msgspec.structs.replace(base.link, tables=tuple(launched)),
+    )  # fmt: skip
+    gpcs = GPCS[base.device.num_sms] if together else ()
+    surveyor = Surveyor(msgspec.structs.replace(base, device=msgspec.structs.replace(base.device, gpcs=gpcs)))
+    variants = product((2**20, 2**23), (0,), (0, 8))
+    found = fit_pairs([surveyor.pair(14, k, 256, variant) for variant in variants for k in gemms], base)
+    assert found.node.device.gpcs == gpcs and "assumed" in found.choices["gpcs"]
 
 
 def seen_ctas(row: Measurement) -> int:

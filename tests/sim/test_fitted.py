@@ -20,7 +20,7 @@ from sim.cost import Costs, Shape, alone_us, cta_shape, memory_bandwidth, partit
 from sim.fitted import fit_notes
 from sim.later import LATER
 from sim.simulate import Fidelity
-from sim.spec import DeviceSpec, NodeSpec, OperationSpec, load_node
+from sim.spec import DeviceSpec, GemmTable, NodeSpec, OperationSpec, load_node
 from weft.runs import RunConfig, simulate
 
 exact = settings(derandomize=True, deadline=None)
@@ -29,7 +29,7 @@ FITTED: dict[str, Any] = {
     "attention_start_us": 6.0, "elementwise_start_us": 3.0, "attention_cta_us": 0.4, "attention_overlap_order": 2.0,
     "operations": (OperationSpec(name="attn_norm", start_us=5.0, traffic=1.5),),
     "memory_gb": 96.0, "partition_step": 8, "gemm_wave_ctas": 128, "gemm_persistent": True, "piece_us": 4.0,
-    "switch_us": 0.5,
+    "switch_us": 0.5, "gpcs": (18, 18, 16, 16, 16, 16, 16, 16),
 }  # fmt: skip
 
 
@@ -131,8 +131,12 @@ def test_company_never_makes_a_kernel_faster(kernel: Kernel, size: int) -> None:
 def test_skipping_what_repeats_changes_nothing_on_fitted_nodes(policy: str, tmp_path: Path) -> None:
     path = tmp_path / "fitted.toml"
     base = node(**FITTED)
-    sources = base.sources | {f"device.{name}": "fitted: for a test" for name in FITTED}
-    write_node(path, msgspec.structs.replace(base, sources=sources))
+    new = [*(f"device.{name}" for name in FITTED), "link.independent_ctas", "link.ctas_anywhere", "gemms"]
+    in_clusters = GemmTable(cols=7168, inner=7168, rows=(16, 2048), us=(20.0, 300.0), ctas=(112, 128), clusters=(8, 2))
+    write_node(path, msgspec.structs.replace(
+        base, sources=base.sources | dict.fromkeys(new, "fitted: for a test"), gemms=(in_clusters,),
+        link=msgspec.structs.replace(base.link, independent_ctas=True, ctas_anywhere=True),
+    ))  # fmt: skip
     config = RunConfig(
         model="opt-30b", node=str(path), policy=policy, num_prompts=24, request_rate=300.0, input_len="16:512",
         options=Options(batch_size=2, partition=16 if policy == "interleaved" else 0),

@@ -15,7 +15,7 @@ from calibration.node_file import node_text
 from calibration.race import Pair, race
 from models.kernel import Kernel, Kind, collective, gemm
 from policy.batch import TICK_US
-from sim.cost import Costs
+from sim.cost import Costs, lost_sms
 from sim.spec import GemmTable, NodeSpec, load_node
 from traces.measurement import Coordinates, Measurement
 
@@ -137,6 +137,57 @@ def test_tiles_that_find_fewer_sms_are_taken_by_those_that_there_are() -> None:
     assert 1.0 < slow < 1.3
 
 
+GPCS = (18, 18, 16, 16, 16, 16, 16, 16)
+
+
+@pytest.mark.parametrize(("taken", "cluster", "lost"), [
+    (4, 1, 4),
+    (4, 2, 8),  # a TPC each
+    (4, 8, 16),  # two each of the GPCs of 18, which then have room for one cluster instead of two
+    (8, 8, 32),  # and one each of two others
+    (0, 8, 0),
+])  # fmt: skip
+def test_collectives_take_their_neighbours_from_clusters(taken: int, cluster: int, lost: int) -> None:
+    assert lost_sms(GPCS, taken, cluster) == lost
+    assert lost_sms((), taken, cluster) == taken  # nobody knows what lies together
+
+
+@given(st.integers(0, 60), st.sampled_from([1, 2, 4, 8]))
+def test_the_more_sms_a_collective_has_the_more_are_lost(taken: int, cluster: int) -> None:
+    assert 0 <= lost_sms(GPCS, taken, cluster) <= lost_sms(GPCS, taken + 1, cluster) <= sum(GPCS)
+
+
+def beside_a_collective_that_stays(
+    withheld: int, gpcs: tuple[int, ...], *, anywhere: bool, **launched: object
+) -> float:
+    comm = collective("attn_all_reduce", Kind.ALL_REDUCE, 2**26, 4)
+    contention = msgspec.structs.replace(BASE.contention, gemm_by_comm=1.0, comm_by_compute=1.0)
+    of = msgspec.structs.replace(
+        node(table(withheld_sms=withheld, us=(9.0, 11.0, 14.0, 100.0), **launched)), contention=contention,
+        device=msgspec.structs.replace(BASE.device, gpcs=gpcs),
+        link=msgspec.structs.replace(BASE.link, hbm_per_byte=0.1, ctas_anywhere=anywhere),
+    )  # fmt: skip
+    return race(Costs(of), Pair(gemm("fc1", 1024, COLS, INNER), comm, withheld)).compute_slowdown
+
+
+@pytest.mark.parametrize(("cluster", "gpcs", "fits"), [(1, GPCS, True), (2, GPCS, False), (2, (), True)])
+def test_a_gemm_in_clusters_needs_a_wave_more_beside_a_collective(
+    cluster: int, gpcs: tuple[int, ...], fits: bool
+) -> None:
+    """112 CTAs of 132 SMs, of which a collective has 16: 116 are left, but of pairs of them 50."""
+    many = len(ROWS)
+    slow = beside_a_collective_that_stays(0, gpcs, anywhere=False, ctas=(112,) * many, clusters=(cluster,) * many)
+    assert slow == pytest.approx(1.0, abs=0.05) if fits else slow > 1.3
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_a_collective_that_lands_anywhere_disturbs_a_partition(anywhere: bool) -> None:
+    """116 SMs have room for 112 CTAs, and the 16 that are withheld for a collective; where it takes of those first."""
+    many = (112,) * len(ROWS), (8,) * len(ROWS)
+    slow = beside_a_collective_that_stays(16, GPCS, anywhere=anywhere, ctas=many[0], clusters=many[1])
+    assert slow > 1.2 if anywhere else slow == pytest.approx(1.0, abs=0.05)
+
+
 def test_a_fit_makes_tables_of_what_it_sees_and_they_survive_a_file() -> None:
     gap = BASE.device.graph_gap_us
     at: Coordinates = {"name": "fc1", "cols": COLS, "inner": INNER, "withheld_sms": 0, "element_bytes": 2}
@@ -170,6 +221,22 @@ def test_tiles_come_from_the_names_of_kernels_that_have_one_cta_for_every_sm() -
     assert ctas(132.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (224,)
     assert ctas(128.0, "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT") == (128,)
     assert ctas(132.0, "another_library_256x128") == (132,)
+
+
+def test_a_partition_has_the_ctas_and_clusters_that_were_seen_under_it() -> None:
+    """One for every SM of the 116 that a partition leaves takes tile after tile, as one for each of 132 does."""
+    at: Coordinates = {"name": "fc1", "cols": COLS, "inner": INNER, "element_bytes": 2, "rows": 1024}
+    seen = {0: (128.0, "128x128_64x4_1x2"), 16: (116.0, "256x128_64x4_2x4"), 32: (96.0, "256x128_64x4_4x2")}
+    launches = [
+        Measurement("launch", at | {"withheld_sms": withheld, "kernel": f"nvjet_sm90_hsh_{name}_h_bz_TNT"},
+                    {"ctas": ctas, "ctas_per_sm": 1.0}, {}, 1)
+        for withheld, (ctas, name) in seen.items()
+    ]  # fmt: skip
+    rows = [Measurement("gemm", at | {"withheld_sms": withheld}, {"us": 50.0}, {}, 5) for withheld in (0, 8, 16, 32)]
+    tables = {found.withheld_sms: found for found in gemm_tables(rows, launches, BASE)}
+    assert {withheld: (*found.ctas, *found.clusters) for withheld, found in tables.items()} == {
+        0: (128, 2), 8: (128, 2), 16: (224, 8), 32: (96, 8),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "words"), [({"rows": (16, 64)}, "times"), ({"rows": (16, 64, 64, 70)}, "increase")])
