@@ -33,7 +33,8 @@ from weft.runs import options_for
 
 DATA = Path(__file__).parent / "data"
 SERVED = ("h200-x4-2026-11-22-later/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl",
-          "h200-x2-2026-11-22-one-lease/serving.jsonl", "h200-x2-2026-11-22-to-the-end/deep.jsonl")  # fmt: skip
+          "h200-x2-2026-11-22-sized-gemms/serving.jsonl",
+          "h200-x2-2026-11-22-sized-gemms/serving-again.jsonl")  # fmt: skip
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
 OF_TWO = {"as-is": "h200-nvlink-x2-fitted", "host-staged": "h200-hoststaged-x2-fitted"}
 # Requests as they come, one by one.
