@@ -14,9 +14,10 @@ from benchmarks.gpu_world import BELIEFS
 from executor.cuda import replay_us
 from executor.inputs import load_own_tokens, tokens_of
 from executor.lanes import StreamKey
+from executor.rehearsal import forced
 from executor.session import Opened, Session
 from executor.settings import RunSettings
-from executor.two_batches import captured, forced, in_words, only, plan, serially, undivided
+from executor.two_batches import captured, in_words, only, plan, serially, undivided
 from executor.warm_up import run_through
 from models.transformer import Vectors
 from policy.options import Options

@@ -4,14 +4,13 @@ seen. Shapes that are held out get none, so that their errors stay those of the 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from math import ceil, prod
 from statistics import median
 
 from calibration.kernels import kernel_of, withheld_of
 from sim.cost import TABLE_BYTES, partition_sms
-from sim.spec import DeviceSpec, GemmTable, NodeSpec
+from sim.spec import DeviceSpec, GemmTable, NodeSpec, next_larger
 from traces.measurement import Measurement
 
 SHORTEST_US = 1e-3
@@ -27,7 +26,7 @@ Ctas = tuple[int, int]
 def gemm_tables(rows: Sequence[Measurement], launches: Sequence[Measurement], base: NodeSpec) -> tuple[GemmTable, ...]:
     """A table for each shape, partition, and whether it is a piece; the base's where nothing was measured. Several rows
     of one point, as of kernels of different names, count as their median. `base` is a node in series."""
-    found: dict[tuple[int, int, int, bool], dict[int, list[float]]] = {}
+    found: dict[Key, dict[int, list[float]]] = {}
     seen = _launched(launches, base.device)
     for row in rows:
         kernel = kernel_of(row)
@@ -91,6 +90,6 @@ def _as_launched(seen: dict[Key, dict[int, Ctas]], key: Key, rows: Sequence[int]
     if not launched:
         return {}
     known = sorted(launched)
-    places = (min(bisect_left(known, some), len(known) - 1) for some in rows)
-    ctas, clusters = zip(*(launched[known[place]] for place in places), strict=True)
+    each = [launched[count] for count in known]
+    ctas, clusters = zip(*(next_larger(known, each, some) for some in rows), strict=True)
     return {"ctas": ctas, "clusters": clusters if max(clusters) > 1 else ()}

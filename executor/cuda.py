@@ -47,23 +47,28 @@ def enter(stream: torch.cuda.Stream) -> None:
 
 def size_gemms(withheld_sms: int) -> None:
     """Have GEMMs made for so many SMs fewer than the GPU has. Without torch's knob for it they stay as they are."""
-    wanted = withheld_sms or None
-    if not hasattr(_core, "_set_sm_carveout_experimental") or _core._get_sm_carveout_experimental() == wanted:
+    if not hasattr(_core, "_set_sm_carveout_experimental") or withheld_from_gemms() == withheld_sms:
         return
-    _core._set_sm_carveout_experimental(wanted)
+    _core._set_sm_carveout_experimental(withheld_sms or None)
     # Of the libraries that torch calls, cuBLASLt heeds it.
-    cast(Any, torch.backends.cuda).preferred_blas_library("cublaslt" if wanted else "default")
+    cast(Any, torch.backends.cuda).preferred_blas_library("cublaslt" if withheld_sms else "default")
+
+
+def withheld_from_gemms() -> int:
+    """How many SMs fewer than the GPU has GEMMs are made for now."""
+    return int(_core._get_sm_carveout_experimental() or 0) if hasattr(_core, "_set_sm_carveout_experimental") else 0
 
 
 @contextmanager
 def on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """The stream is the current one, as by `enter`, within this block."""
-    before = torch.cuda.current_stream()
+    """The stream is the current one, as by `enter`, within this block, and what was so before is so again behind it."""
+    before, sized = torch.cuda.current_stream(), withheld_from_gemms()
     enter(stream)
     try:
         yield
     finally:
-        enter(before)
+        torch.cuda.set_stream(before)
+        size_gemms(sized)
 
 
 def priorities() -> tuple[int, int]:

@@ -109,9 +109,9 @@ def _rehearsed(rehearsal: Rehearsal, mail: Mail) -> dict[str, Any]:
     """Leave the policy one SM partition and one number of CTAs, for every further choice needs graphs of its own of
     everything: the fastest of a few. One batch at a time is rehearsed, too."""
     options, profile = rehearsal.run.options, rehearsal.profile
-    choices = [_forced(options, *choice) for choice in worth_rehearsing(rehearsal.beliefs_us())]
+    choices = [forced(options, *choice) for choice in worth_rehearsing(rehearsal.beliefs_us())]
     # Overlapping asks more of the host, which stumbles more in a run than here: the second slowest time counts.
-    times = [rehearsal.timed_us(forced, overlap)[-2] for forced in choices]
+    times = [rehearsal.timed_us(choice, overlap)[-2] for choice in choices]
     times.append(median(rehearsal.timed_us(options, partial(plan_under, SERIAL))))
     *overlapped, serial_us = mail.share("profile/choices", times, list)
     best = choices[overlapped.index(min(overlapped))]
@@ -156,9 +156,9 @@ def always(withheld_sms: int, max_ctas: int) -> RegimeOf:
     return lambda oldest: regime
 
 
-def _forced(options: Options, withheld: int, ctas: int) -> Options:
-    """The same options, but overlapping with this partition."""
-    return replace(options, adaptive=False, partition=withheld, comm_ctas=ctas)
+def forced(options: Options, withheld_sms: int, ctas: int) -> Options:
+    """Overlap whether it pays or not, under one partition and number of CTAs."""
+    return replace(options, adaptive=False, partition=withheld_sms, comm_ctas=ctas)
 
 
 def first_batches(run: RunSettings) -> list[BatchShape]:

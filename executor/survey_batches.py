@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from executor.lanes import StreamKey
+from executor.rehearsal import forced
 from executor.session import Opened
 from executor.survey_bed import Bed
 from executor.survey_bench import Bench, Row, sample_of
 from executor.survey_cuda import Captured, CudaBench
 from executor.survey_points import COMM_ALONE, COMPUTE_ALONE, PLAIN, POLICY, SERIAL, Point
-from executor.two_batches import captured, forced, in_words, only, plan, serially, undivided
+from executor.two_batches import captured, in_words, only, plan, serially, undivided
 from policy.options import Options
 from policy.round import Lane
 

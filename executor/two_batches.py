@@ -70,11 +70,6 @@ def captured(body: Body, opened: Opened, key: StreamKey) -> torch.cuda.CUDAGraph
     return graph
 
 
-def forced(options: Options, withheld_sms: int, ctas: int) -> Options:
-    """Overlap whether it pays or not, under one partition and number of CTAs."""
-    return replace(options, adaptive=False, partition=withheld_sms, comm_ctas=ctas)
-
-
 def undivided(options: Options) -> Options:
     """Overlap of whole kernels, whether it pays or not."""
     return replace(options, adaptive=False, decomposition="off", chunks=False)

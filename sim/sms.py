@@ -84,6 +84,8 @@ class Sms:
         self.free = self.spec.num_sms
         self.settling = False
         self._persistent, self._gpcs = costs.device.gemm_persistent, costs.device.gpcs
+        # Whether it matters on which SMs a collective's CTAs are.
+        self._lands = bool(self._gpcs) or costs.node.link.ctas_anywhere
         self._generation = 0
         self._counted_us = 0.0
         self._computing = self._communicating = 0
@@ -97,7 +99,7 @@ class Sms:
     @property
     def only_waiting_transfers(self) -> bool:
         """Whether nothing runs but transfers that hold all their SMs and wait for their other side."""
-        if self.running and (self._gpcs or self._anywhere):
+        if self.running and self._lands:
             return False
         return all(r.transfer is not None and not r.transfer.started and not r.ctas_left for r in self.running)
 
@@ -193,7 +195,7 @@ class Sms:
             take = min(self._room(running), running.ctas_left)
             if take <= 0:
                 continue
-            if running.transfer is not None:
+            if self._lands and running.transfer is not None:
                 running.inside += self._landed_inside(take)
             self.free -= take
             running.held += take
@@ -212,13 +214,13 @@ class Sms:
 
     def _room(self, running: Running) -> int:
         """How many CTAs of a kernel find an SM now, of those that it may hold."""
-        if running.transfer is not None or running.shape is None:
+        confined = running.limit < self.spec.num_sms
+        if not confined and (running.shape is None or not self._lands):
             return self.free
         # A partition is shared by everything that is confined to it.
-        confined = running.limit < self.spec.num_sms
         rivals = [r for r in self.running if r.transfer is None and (r.limit < self.spec.num_sms or not confined)]
         room, lost = running.limit - sum(r.held for r in rivals), 0
-        if self._gpcs or self._anywhere:
+        if self._lands and running.shape is not None:
             inside = sum(r.inside if confined else r.held for r in self.running if r.transfer is not None)
             lost = lost_sms(self._gpcs, inside, running.shape.cluster)
         return max(0, min(self.free, room - lost))
@@ -340,7 +342,7 @@ class Sms:
         running.start_us = now - elapsed_us
         if running.transfer is not None:
             running.held, running.ctas_left = running.transfer.ctas, 0
-            running.inside = self._landed_inside(running.held)
+            running.inside = self._landed_inside(running.held) if self._lands else 0
             self._communicating += 1
             running.transfer.thaw(self.owner, running.transfer.alone_since(elapsed_us))
         else:

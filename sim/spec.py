@@ -12,12 +12,14 @@ from functools import lru_cache
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from sim.later import without_later
+
+Value = TypeVar("Value")
 
 NODES = Path(__file__).parent / "nodes"
 
@@ -184,7 +186,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return between(self.bytes, self.us, size)
 
 
-def next_larger(points: Sequence[int], values: Sequence[int], at: int) -> int:
+def next_larger(points: Sequence[int], values: Sequence[Value], at: int) -> Value:
     """The value at the next larger one of the points, which increase, or at the largest."""
     return values[min(bisect_left(points, at), len(points) - 1)]
 
