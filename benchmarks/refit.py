@@ -40,11 +40,11 @@ SUFFIX = "-fitted"
 # Of two GPUs: a link mode, its latest survey, and the node that keeps what that cannot tell. Of other models, and of
 # light kernels in pairs, what was measured before stays.
 TWO = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-21"
-ONE_LEASE = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-one-lease"
 SIZED = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-22-sized-gemms"
+LATEST = ROOT / "benchmarks" / "data" / "h200-x2-2026-11-23"
 OF_TWO = {
     "nvlink": (SIZED / "survey-nvlink", "h200-nvlink-x4"),
-    "hoststaged": (ONE_LEASE / "survey-hoststaged", "h200-hoststaged-x4"),
+    "hoststaged": (LATEST / "survey-hoststaged", "h200-hoststaged-x4"),
 }
 KERNELS_OF_TWO = ("survey-kernels-opt-glm", "survey-kernels-glm-llama")
 # Of so many older pairs of light kernels one, for GEMMs to stay most of all.
@@ -61,8 +61,8 @@ def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec
     """What a fit sees, in the order in which it was measured: of the survey, of the kernels, of whole forwards; the
     base node, and where all of it comes from."""
     conditions, rows, about = read_folders([NEWER[folder.name], DATA / KERNELS_FROM], base + SUFFIX)
-    num_first = len(rows) - len(read_measurements(DATA / KERNELS_FROM)[1])
-    before = read_measurements(folder)[1]
+    num_first = len(rows) - len(_rows(DATA / KERNELS_FROM))
+    before = _rows(folder)
     survey = of_the_quicker_host([row for row in rows[:num_first] if row.what not in KERNELS], before)
     forwards = forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
     about = with_files(about, folder / ROWS, DATA / FORWARDS)
@@ -83,17 +83,19 @@ def with_files(about: About, *paths: Path) -> About:
 
 def fitted_of_two(mode: str, survey: Path, base: str) -> Fit:
     """The same of two GPUs."""
-    conditions, rows, about = read_folders(
-        [survey, *(TWO / each for each in KERNELS_OF_TWO)], f"h200-{mode}-x2{SUFFIX}"
-    )
+    older = [TWO / each for each in KERNELS_OF_TWO]
     # Links do not matter to kernels, so one survey of them is for both link modes.
     kernels, before = SIZED / KERNELS_FROM, TWO / survey.name
-    light = [row for row in read_measurements(before)[1] if row.what == "pair" and row.at["kind"] != "gemm"]
-    now = {row.key for row in read_measurements(survey)[1]} if survey.parent == SIZED else set()
-    rows = [row for row in rows if row.key in now or not is_made_for_the_whole_gpu(row)]
-    latest = {row.key: row for row in [*light[::LIGHT_STEP], *rows, *read_measurements(kernels)[1]]}
+    conditions, _, about = read_folders([survey, *older], f"h200-{mode}-x2{SUFFIX}")
+    light = [row for row in _rows(before) if row.what == "pair" and row.at["kind"] != "gemm"]
+    old = [row for folder in older for row in _rows(folder) if not is_made_for_the_whole_gpu(row)]
+    latest = {row.key: row for row in [*light[::LIGHT_STEP], *old, *_rows(survey), *_rows(kernels)]}
     about = with_files(about, kernels / ROWS, before / ROWS)
     return fit_node(list(latest.values()), on_machine(load_node(base), conditions[0]), about)
+
+
+def _rows(folder: Path) -> list[Measurement]:
+    return read_measurements(folder)[1]
 
 
 def is_made_for_the_whole_gpu(row: Measurement) -> bool:

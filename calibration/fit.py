@@ -24,7 +24,7 @@ from calibration.kernels import (
 )
 from calibration.memory import fit_attention, fit_elementwise
 from calibration.pairs import DEFAULT_CTAS, fit_pairs, is_simulated, race_row
-from calibration.sequence import JOIN, SWITCH, fit_join, fit_switch, sequence_us
+from calibration.sequence import BOOST, JOIN, SWITCH, fit_serial, fit_switch, sequence_us
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
@@ -134,9 +134,10 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
         known.device.switch_us,
     )
     estimates["device"][SWITCH] = switch
-    join = fit_join(seen.get("two_batches", []), pairs.node, switch.value, known.link.join_us)
-    estimates["link"][JOIN] = join
-    device = pairs.node.device.with_switch(switch.value)
+    waits = known.link.join_us, known.device.rested_boost
+    join, boost = fit_serial(seen.get("two_batches", []), pairs.node, switch.value, waits)
+    estimates["link"][JOIN], estimates["device"][BOOST] = join, boost
+    device = msgspec.structs.replace(pairs.node.device.with_switch(switch.value), rested_boost=boost.value)
     link = msgspec.structs.replace(pairs.node.link, join_us=join.value)
     node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None, device=device, link=link))
     residuals = tuple(residuals_of(node, measurements))

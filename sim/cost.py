@@ -12,6 +12,8 @@ from sim.spec import ContentionSpec, DeviceSpec, GemmTable, NodeSpec, Table, bet
 DEFAULT_PATH = ""
 # Tables of GEMMs are of half precision.
 TABLE_BYTES = 2
+# For which a rank waits until all are there.
+COLLECTIVES = (Kind.ALL_REDUCE, Kind.ALL_GATHER)
 
 # Into how many parts a GEMM's inner dimension may be cut, as long as a part keeps MIN_SPLIT_INNER and the CTAs are few.
 SPLITS = (1, 2, 3, 4, 6, 8)
@@ -20,6 +22,8 @@ MAX_SPLIT_WAVES = 4
 # Memory traffic of partial sums, per element of the result and part. Writing and reading in single precision makes 8;
 # 16 fits the measured GEMM tables better (see the nodes' source of gemm_tiles) and stands for the reduction as well.
 PARTIAL_BYTES = 16
+# Dynamic power goes with the cube of the clock: with the frequency, and the square of a voltage in proportion to it.
+POWER_ORDER = 3.0
 # The result of a piece is written once more and read once more than that of a whole GEMM, see `_apart_us`.
 PIECE_TRAFFIC = 2
 
@@ -59,6 +63,11 @@ class Shape:
     def slower(self, factor: float) -> Shape:
         """The same CTAs, every one of which takes so many times as long, whatever bounds it."""
         times = self.cta_us * factor, self.cta_bytes * factor, self.lead_us * factor
+        return Shape(self.num_ctas, *times, self.overlap_order, self.cluster)
+
+    def clocked(self, factor: float) -> Shape:
+        """The same CTAs, whose arithmetic goes so many times as fast."""
+        times = self.cta_us / factor, self.cta_bytes, self.lead_us
         return Shape(self.num_ctas, *times, self.overlap_order, self.cluster)
 
     def pace_us(self, ctas: int, bandwidth: float) -> float:
@@ -184,6 +193,13 @@ def alone_us(shape: Shape, slots: int, device: DeviceSpec) -> float:
     return full + (wave_us(shape, rest, device) if rest else 0.0)
 
 
+def clock_of(busy_us: float, rest_us: float, device: DeviceSpec) -> float:
+    """The clock where a GPU computes and rests for so long, over and over, as a multiple of that without rest."""
+    if not busy_us or not rest_us:
+        return 1.0
+    return min(1.0 + device.rested_boost, float(((busy_us + rest_us) / busy_us) ** (1.0 / POWER_ORDER)))
+
+
 def slowed_compute(contention: ContentionSpec) -> dict[Kind, float]:
     """What communication costs compute of each kind, beyond SMs and memory."""
     return {
@@ -238,20 +254,37 @@ class Costs:
         }
         self._alone: dict[tuple[Kernel, int, int, str], float] = {}
         self._gemms = {(t.cols, t.inner, t.withheld_sms, t.is_piece): t for t in node.gemms}
-        self._shapes: dict[tuple[Kernel, int], Shape] = {}
+        self._shapes: dict[tuple[Kernel, int, float], Shape] = {}
+        self._clocks: dict[tuple[int, int], tuple[tuple[Kernel, ...], float]] = {}
         self._fewer: dict[tuple[Kernel, int, str, int], float] = {}
 
-    def shape(self, kernel: Kernel, withheld_sms: int = 0) -> Shape:
+    def shape(self, kernel: Kernel, withheld_sms: int = 0, clock: float = 1.0) -> Shape:
         """The CTAs of a compute kernel. Of a GEMM whose shape was measured they take together what it took, and are as
-        many as were launched where that was seen; what share of them is memory the device's parameters say."""
-        key = (kernel, withheld_sms)
+        many as were launched where that was seen; what share of them is memory the device's parameters say. `clock`: as
+        a multiple of that of a series of the kernel."""
+        key = (kernel, withheld_sms, clock)
         shape = self._shapes.get(key)
         if shape is None:
             shape = cta_shape(kernel, self.device, withheld_sms)
             if self._gemms and kernel.kind is Kind.GEMM and kernel.element_bytes == TABLE_BYTES:
                 shape = self._measured(shape, kernel, withheld_sms)
+            if kernel.kind is Kind.GEMM and clock != 1.0:
+                shape = shape.clocked(clock)
             self._shapes[key] = shape
         return shape
+
+    def clock(self, kernels: tuple[Kernel, ...], max_ctas: int = 0) -> float:
+        """The clock in a range of kernels that has the device to itself, as a multiple of that of computation without
+        rest: while its own collectives run the GPU rests, and what power that saves a higher clock may draw. `kernels`:
+        known by identity, a slice that is kept."""
+        if not self.device.rested_boost or len(kernels) == 1:
+            return 1.0
+        known = self._clocks.get((id(kernels), max_ctas))
+        if known is None:
+            us = [(self.solo_us(k, 0, max_ctas), k.kind in COLLECTIVES) for k in kernels]
+            clock = clock_of(sum(t for t, rests in us if not rests), sum(t for t, rests in us if rests), self.device)
+            known = self._clocks[id(kernels), max_ctas] = kernels, clock
+        return known[1]
 
     def _measured(self, modelled: Shape, kernel: Kernel, withheld_sms: int) -> Shape:
         """A GEMM as it was launched and as long as it took: under this partition, or else on the whole device; at the
@@ -324,7 +357,7 @@ class Costs:
         if (cost := self._alone.get(key)) is None:
             if kernel.is_communication:
                 us = self.table(kernel, max_ctas, path).at(kernel.message_bytes)
-                joins = kernel.kind in (Kind.ALL_REDUCE, Kind.ALL_GATHER) and not kernel.is_piece
+                joins = kernel.kind in COLLECTIVES and not kernel.is_piece
                 cost = up_to_grid(on_grid(us + self.node.link.join_us * joins))
             else:
                 slots = partition_sms(self.device, withheld_sms)

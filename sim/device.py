@@ -38,6 +38,10 @@ class Entry:
     blocked: bool = False
     arrives_us: float = -1.0
 
+    def clock(self, costs: Costs) -> float:
+        """The clock of its arithmetic, see `Costs.clock`."""
+        return costs.clock(self.kernels, self.launch.max_ctas)
+
 
 class Device:
     """The state of one GPU. `rank` is the first of the ranks it stands for when symmetric ranks are folded."""
@@ -147,7 +151,7 @@ class Device:
             running.transfer = self.join(self, running)
             running.ctas_left = running.transfer.ctas
             return running
-        shape = self.costs.shape(kernel, entry.launch.withheld_sms)
+        shape = self.costs.shape(kernel, entry.launch.withheld_sms, entry.clock(self.costs))
         limit = partition_sms(self.spec, entry.launch.withheld_sms)
         return Running(kernel, entry, entry.launch.lane, self._order, shape, limit, shape.num_ctas)
 

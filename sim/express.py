@@ -47,13 +47,13 @@ class Courses:
 
     def _trace(self, entry: Entry, slots: int, gap_us: float) -> Course:
         arrives, ends, compute, comm = [], [], [0.0], [0.0]
-        now = 0.0
+        now, clock = 0.0, entry.clock(self.costs)
         for kernel in entry.kernels[entry.position :]:
             arrives.append(now)
             if kernel.is_communication:
                 cost = self.costs.solo_us(kernel, 0, entry.launch.max_ctas)
             else:
-                shape = self.costs.shape(kernel, entry.launch.withheld_sms)
+                shape = self.costs.shape(kernel, entry.launch.withheld_sms, clock)
                 cost = alone_us(shape, slots, self.costs.device)
             now += cost
             ends.append(now)

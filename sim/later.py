@@ -8,7 +8,7 @@ from typing import Any
 LATER = ("gemm_balance", "gemm_overlap_order", "split_us", "gemm_sees_partition", "attention_start_us",
          "elementwise_start_us", "attention_cta_us", "attention_overlap_order", "operations",
          "memory_gb", "partition_step", "gemm_wave_ctas", "gemm_persistent", "piece_us",
-         "switch_us", "gpcs")  # fmt: skip
+         "switch_us", "gpcs", "rested_boost")  # fmt: skip
 LATER_OF_LINK = ("default_ctas", "join_us", "independent_ctas", "ctas_anywhere")
 LATER_OF_CONTENTION = ("comm_by_attention", "comm_by_elementwise", "comm_stream_by_compute", "per_ctas", "by_traffic",
                        "comm_by_memory")  # fmt: skip

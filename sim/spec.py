@@ -77,7 +77,9 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     columns adds its bias in a launch of its own; what that takes beside moving its bytes. `attention_start_us`,
     `elementwise_start_us`: what one takes at least; `operations`: the same for kernels of one name. `attention_cta_us`:
     what a CTA of attention spends beside its operations, as on the half of a block that a causal mask throws away;
-    `attention_overlap_order`: 1 where copies come before and after the arithmetic.
+    `attention_overlap_order`: 1 where copies come before and after the arithmetic. `rested_boost`: by what share at
+    most the arithmetic of GEMMs goes faster where the GPU rests while collectives run than where it never does and its
+    power limit holds the clock down, see `sim.cost.Costs.clock`.
     """
 
     name: str
@@ -106,6 +108,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     attention_cta_us: NonNegative = 0.0
     attention_overlap_order: Order = 0.0
     operations: tuple[OperationSpec, ...] = ()
+    rested_boost: Annotated[float, Meta(ge=0, le=1)] = 0.0
     kernel_gap_us: NonNegative
     graph_gap_us: NonNegative
     switch_us: NonNegative = 0.0

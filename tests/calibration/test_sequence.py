@@ -12,7 +12,7 @@ from calibration.compare import COMPUTE_ALONE
 from calibration.fit import About, fit_node, residuals_of
 from calibration.holdout import UNMIXED
 from calibration.kernels import with_cuts
-from calibration.sequence import computes_of, fit_join, fit_switch, sequence_us
+from calibration.sequence import computes_of, fit_serial, fit_switch, sequence_us
 from calibration.validate_two_batches import GraphWorld, cell_of
 from models.kernel import Fragment, Kind, collective
 from sim.cost import Costs
@@ -104,7 +104,11 @@ def test_a_switch_is_part_of_the_gaps() -> None:
 def cells(join_us: float, noise: float = 0.0) -> list[Measurement]:
     """One forward pass after another, and its parts alone, on a node."""
     truth = node_with(2.0)
-    truth = msgspec.structs.replace(truth, link=msgspec.structs.replace(truth.link, join_us=join_us))
+    return passes(msgspec.structs.replace(truth, link=msgspec.structs.replace(truth.link, join_us=join_us)), noise)
+
+
+def passes(truth: NodeSpec, noise: float = 0.0) -> list[Measurement]:
+    """The same on any node."""
     world, rng, found = GraphWorld(truth), np.random.default_rng(5), []
     for row in forwards(truth):
         for schedule in UNMIXED:
@@ -116,22 +120,38 @@ def cells(join_us: float, noise: float = 0.0) -> list[Measurement]:
 
 @pytest.mark.parametrize("join_us", [5.0, 15.0])
 def test_what_a_collective_waits_for_is_found_again(join_us: float) -> None:
-    found = fit_join(cells(join_us), BASE, 2.0, 0.0)
+    found = fit_serial(cells(join_us), BASE, 2.0, (0.0, 0.0))[0]
     assert found.is_determined and found.value == pytest.approx(join_us, abs=1.5)
-    noisy = fit_join(cells(join_us, noise=0.005), BASE, 2.0, 0.0)
+    noisy = fit_serial(cells(join_us, noise=0.005), BASE, 2.0, (0.0, 0.0))[0]
     assert abs(noisy.value - found.value) <= 3.0 * noisy.error
 
 
+@pytest.mark.parametrize("boost", [0.2, 0.3])
+def test_how_much_faster_a_rested_gpu_computes_is_found_again_beside_waits(boost: float) -> None:
+    slow = load_node("h200-hoststaged-x4")
+    device = msgspec.structs.replace(slow.device.with_switch(2.0), rested_boost=boost)
+    link = msgspec.structs.replace(slow.link, join_us=10.0)
+    truth = msgspec.structs.replace(slow, device=device, link=link)
+    join, found = fit_serial(passes(truth, noise=0.002), slow, 2.0, (0.0, 0.0))
+    assert found.is_determined and abs(found.value - boost) <= 3.0 * found.error
+    assert found.error < 0.3 * boost and join.value == pytest.approx(10.0, abs=2.0)
+
+
+def test_links_that_leave_no_time_to_rest_tell_nothing_of_the_clock() -> None:
+    found = fit_serial(cells(5.0), BASE, 2.0, (0.0, 0.07))[1]
+    assert not found.is_determined and found.value == 0.07
+
+
 def test_without_cells_nothing_is_known_of_waits() -> None:
-    found = fit_join([], BASE, 2.0, 3.0)
+    found = fit_serial([], BASE, 2.0, (3.0, 0.0))[0]
     assert not found.is_determined and found.value == 3.0
 
 
 def test_models_that_nobody_knows_and_other_precisions_are_left_out() -> None:
     unknown = [replace(row, at=row.at | {"model": "mine"}) for row in cells(5.0)]
-    assert not fit_join(unknown, BASE, 2.0, 0.0).is_determined
-    mixed = fit_join([*cells(5.0), *unknown], BASE, 2.0, 0.0)
-    assert mixed == fit_join(cells(5.0), BASE, 2.0, 0.0)
+    assert not fit_serial(unknown, BASE, 2.0, (0.0, 0.0))[0].is_determined
+    mixed = fit_serial([*cells(5.0), *unknown], BASE, 2.0, (0.0, 0.0))[0]
+    assert mixed == fit_serial(cells(5.0), BASE, 2.0, (0.0, 0.0))[0]
     single = [replace(row, at=row.at | {"element_bytes": 4}) for row in forwards(node_with(2.0))]
     assert not computes_of(single[0])
     assert not fit_switch(single, [], BASE, 0.0).is_determined

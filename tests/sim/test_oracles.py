@@ -15,10 +15,10 @@ from policy.options import Options
 from policy.round import Lane, Launch
 from policy.scheduler import Scheduler
 from sim.believe import profile_of
-from sim.cost import fair_share
+from sim.cost import Costs, fair_share
 from sim.simulate import Fidelity, Simulation
 from sim.spec import NodeSpec, load_node
-from tests.worlds import BYTES_PER_US, World, alone, changed, comm, compute, ideal_node
+from tests.worlds import BYTES_PER_US, World, alone, changed, comm, compute, ideal_node, splittable
 from traces.arrivals import poisson
 from traces.request import Request
 
@@ -97,6 +97,26 @@ def test_one_batch_has_nothing_to_overlap_with(policy: str) -> None:
     timeline = world.run([0.0])
     assert timeline.overlap_us == 0.0
     assert timeline.end_us == pytest.approx(6 * 70.0, abs=0.1)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("rest", [0.0, 0.25, 1.0])
+def test_arithmetic_goes_faster_where_collectives_let_the_gpu_rest(rest: float, captured: bool) -> None:
+    """The clock rises with the cube root of the power that rest saves, to its limit: closed form of a captured range of
+    GEMMs and collectives; what is not one range does not rest."""
+    gemm, num = splittable(), 4
+    node = changed(ideal_node(), "device", rested_boost=0.2)
+    gemm_us = Costs(node).solo_us(gemm)
+    kernels = (gemm, comm(rest * gemm_us)) if rest else (gemm,)
+    world = World("tensor", node, [(FunctionVector((), kernels, num),)], alone(capture=captured))
+    boost = min(1.2, (1.0 + rest) ** (1.0 / 3.0)) if captured else 1.0
+    assert world.run([0.0]).end_us == pytest.approx(num * gemm_us * (1.0 / boost + rest), rel=1e-3)
+
+
+def test_what_memory_bounds_is_no_faster_on_a_rested_gpu() -> None:
+    node = changed(ideal_node(), "device", rested_boost=0.2, hbm_gb_s=1.0)
+    usual, rested = (Costs(node).shape(splittable(), 0, clock) for clock in (1.0, 1.2))
+    assert rested.pace_us(8, 1.0) == usual.pace_us(8, 1.0) and rested.pace_us(8, 1e9) < usual.pace_us(8, 1e9)
 
 
 @pytest.mark.parametrize(("compute_us", "comm_us"), [(50.0, 50.0), (80.0, 40.0), (40.0, 80.0)])
@@ -228,7 +248,7 @@ def _renamed(vector: FunctionVector, kind: str, index: int) -> FunctionVector:
 @pytest.mark.parametrize("node_name", ["a100-pcie-x4", "h200-nvlink-x4", "h200-nvlink-x4-fitted"])
 def test_folding_and_skipping_change_nothing(policy: str, node_name: str) -> None:
     """The default mode gives, to the last bit, what simulating every rank and every layer gives."""
-    model, node = MODELS["opt-30b"], load_node(node_name)
+    model, node = MODELS["opt-30b"], changed(load_node(node_name), "device", rested_boost=0.2)
     layout = {"pipeline": Layout(1, 4), "hybrid": Layout(2, 2)}.get(policy, Layout(4, 1))
     rng = np.random.default_rng(5)
     arrivals = np.cumsum(rng.exponential(8e3, 24))
