@@ -22,13 +22,15 @@ class Regime:
     """How to run the present mix of shapes.
 
     overlap: False runs one batch at a time. overrun: the share of a fill that may stick out of its window and delay an
-    older batch (0: none). split: kernels that do not fit may be cut. withheld_sms, max_ctas: the SM partition.
+    older batch (0: none). whole: a fill that has begun goes on to the end of its segment, so that its collective can
+    run beside the next window. split: kernels that do not fit may be cut. withheld_sms, max_ctas: the SM partition.
     chunks: collectives of fills are cut into this many pieces, so that an older batch's can cut in. windows: so many
     are planned and issued as one round.
     """
 
     overlap: bool = True
     overrun: float = 0.5
+    whole: bool = False
     split: bool = True
     withheld_sms: int = 0
     max_ctas: int = 0

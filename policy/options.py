@@ -19,7 +19,8 @@ class Options:
     by kernel. duration_matching: fill only what fits. anticipation: price co-running by kind pair, link and size; by
     one scalar; or not. decomposition, max_parts: along which axis and into how many pieces kernels may be cut at run
     time.
-    chunks: cut long collectives too. lookahead: consider every flight as a fill, not only the next in line.
+    chunks: cut long collectives too. whole_segments: fills may go on to the end of their segment where that is believed
+    faster; so far it is simulated only. lookahead: consider every flight as a fill, not only the next in line.
     partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to choose by
     regime.
     adaptive: fall back to plain tensor parallelism where overlap does not pay. protect: a batch that would miss its
@@ -39,6 +40,7 @@ class Options:
     decomposition: Decomposition = "auto"
     max_parts: int = 8
     chunks: bool = True
+    whole_segments: bool = False
     lookahead: bool = True
     partition: int = -1
     comm_ctas: int = -1

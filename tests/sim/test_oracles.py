@@ -99,6 +99,23 @@ def test_one_batch_has_nothing_to_overlap_with(policy: str) -> None:
     assert timeline.end_us == pytest.approx(6 * 70.0, abs=0.1)
 
 
+@pytest.mark.parametrize("kernels_us", [(60.0, 60.0), (90.0, 30.0), (70.0, 50.0, 30.0)])
+def test_fills_that_go_on_to_the_end_of_their_segment_reach_the_bound_of_computation(
+    kernels_us: tuple[float, ...],
+) -> None:
+    """Where segments are longer than collectives, a fill that keeps to its window leaves its own collective for the
+    next but one, and nothing beside the oldest batch's computation."""
+    num, segment = 40, sum(kernels_us)
+    layer = FunctionVector((), (*map(compute, kernels_us), comm(40.0)), num)
+    ends = {}
+    for whole in (True, False):
+        options = alone(depth=2, max_wait_us=0.0, whole_segments=whole)
+        ends[whole] = World("interleaved", ideal_node(), [(layer,)], options).run([0.0, 0.0]).end_us
+    ideal = 2 * num * segment
+    assert ideal <= ends[True] <= 1.05 * ideal
+    assert ends[False] > 1.2 * ideal
+
+
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("rest", [0.0, 0.25, 1.0])
 def test_arithmetic_goes_faster_where_collectives_let_the_gpu_rest(rest: float, captured: bool) -> None:
