@@ -78,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
     if args.timeline and not args.runs:
         raise ValueError("--timeline shows recorded runs; give their results with --runs")
     node = load_node(args.node)
-    # Written at the end; what cannot be should be known before.
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
     sources = tuple(source for path in args.measurements for source in read_sources(path, node))
     runs = read_runs(args.runs)
     recorded = _recorded(args.timeline, runs)
+    # Written at the end; what cannot be should be known before it takes long.
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     if args.live:
         with _folder(args.out) as folder:
             live, spans = _live(args, folder)

@@ -285,5 +285,7 @@ def test_changed_measurements_are_refused(tmp_path: Path, capsys: pytest.Capture
     write_measurements(tmp_path, conditions, kernels_of(NODE))
     rows = tmp_path / "measurements.jsonl"
     rows.write_text(rows.read_text().replace('"rows": 64', '"rows": 65'))
-    assert main(["validate", "--node", "h200-nvlink-x4", "--measurements", str(tmp_path)]) == 2
-    assert "changed" in one_error(capsys)
+    found = tmp_path / "found"
+    options = ["--node", "h200-nvlink-x4", "--measurements", str(tmp_path), "--out", str(found)]
+    assert main(["validate", *options]) == 2
+    assert "changed" in one_error(capsys) and not found.exists()
