@@ -80,9 +80,11 @@ def _fit_boost(cells: Sequence[Cell], switch_us: float, base: float) -> Estimate
     value, scatter = float(found.x[1]), 2.0 * found.cost / (len(cells) - 2)
     slopes: Floats = np.asarray(found.jac, dtype=float)
     normal = slopes.T @ slopes
-    error = sqrt(float(np.linalg.pinv(normal)[1, 1])) * max(1.0, sqrt(scatter))
-    if np.linalg.matrix_rank(normal) < 2 or value < 2.0 * error:
-        why = f"{value:.2g} is within two standard errors ({error:.2g}) of nothing, or links leave no time to rest"
+    if np.linalg.matrix_rank(normal) < 2:
+        return Estimate(BOOST, base, float("nan"), False, "collectives are too short for a GPU to rest")
+    error = sqrt(float(np.linalg.inv(normal)[1, 1])) * max(1.0, sqrt(scatter))
+    if value < 2.0 * error:
+        why = f"{value:.2g} is within two standard errors ({error:.2g}) of nothing"
         return Estimate(BOOST, base, error, False, why)
     return Estimate(BOOST, value, error, True, f"of {len(cells)} {FORWARDS}")
 
