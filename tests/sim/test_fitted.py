@@ -29,7 +29,7 @@ FITTED: dict[str, Any] = {
     "attention_start_us": 6.0, "elementwise_start_us": 3.0, "attention_cta_us": 0.4, "attention_overlap_order": 2.0,
     "operations": (OperationSpec(name="attn_norm", start_us=5.0, traffic=1.5),),
     "memory_gb": 96.0, "partition_step": 8, "gemm_wave_ctas": 128, "gemm_persistent": True, "piece_us": 4.0,
-    "switch_us": 0.5, "gpcs": (18, 18, 16, 16, 16, 16, 16, 16),
+    "switch_us": 0.5, "gpcs": (18, 18, 16, 16, 16, 16, 16, 16), "rested_boost": 0.15,
 }  # fmt: skip
 
 
