@@ -60,13 +60,12 @@ def fitted(folder: Path, base: str) -> Fit:
 def parts_of(folder: Path, base: str) -> tuple[list[list[Measurement]], NodeSpec, About]:
     """What a fit sees, in the order in which it was measured: of the survey, of the kernels, of whole forwards; the
     base node, and where all of it comes from."""
-    conditions, rows, about = read_folders([NEWER[folder.name], DATA / KERNELS_FROM], base + SUFFIX)
-    num_first = len(rows) - len(_rows(DATA / KERNELS_FROM))
-    before = _rows(folder)
-    survey = of_the_quicker_host([row for row in rows[:num_first] if row.what not in KERNELS], before)
+    newer, kernels = NEWER[folder.name], DATA / KERNELS_FROM
+    conditions, _, about = read_folders([newer, kernels], base + SUFFIX)
+    survey = of_the_quicker_host([row for row in _rows(newer) if row.what not in KERNELS], _rows(folder))
     forwards = forward_rows(DATA / FORWARDS)[conditions[0].link_mode]
     about = with_files(about, folder / ROWS, DATA / FORWARDS)
-    return [survey, rows[num_first:], forwards], on_machine(load_node(base), conditions[0]), about
+    return [survey, _rows(kernels), forwards], on_machine(load_node(base), conditions[0]), about
 
 
 def of_the_quicker_host(rows: list[Measurement], before: list[Measurement]) -> list[Measurement]:

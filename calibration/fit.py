@@ -134,8 +134,8 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
         known.device.switch_us,
     )
     estimates["device"][SWITCH] = switch
-    waits = known.link.join_us, known.device.rested_boost
-    join, boost = fit_serial(seen.get("two_batches", []), pairs.node, switch.value, waits)
+    serial_base = known.link.join_us, known.device.rested_boost
+    join, boost = fit_serial(seen.get("two_batches", []), pairs.node, switch.value, serial_base)
     estimates["link"][JOIN], estimates["device"][BOOST] = join, boost
     device = msgspec.structs.replace(pairs.node.device.with_switch(switch.value), rested_boost=boost.value)
     link = msgspec.structs.replace(pairs.node.link, join_us=join.value)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import hypot, sqrt
 
-import msgspec
 import numpy as np
 from scipy.optimize import least_squares
 
@@ -24,8 +23,8 @@ from calibration.solve import Estimate, Floats
 from models.config import MODELS
 from models.kernel import Kernel, Kind
 from models.transformer import ELEMENT_BYTES
-from sim.cost import Costs, alone_us, clock_of
-from sim.spec import NodeSpec
+from sim.cost import Costs, Shape, alone_us, clock_of
+from sim.spec import DeviceSpec, NodeSpec
 from traces.measurement import Coordinates, Measurement
 
 SWITCH, JOIN, BOOST = "switch_us", "join_us", "rested_boost"
@@ -58,10 +57,7 @@ def fit_serial(
     (`rested_boost`, see `sim.cost.Costs.clock`). `base`: both where the data do not tell."""
     cells = list(_cells(batches, node))
     boost = _fit_boost(cells, switch_us, base[1])
-    rows = [
-        (c.whole_us, c.parts_us + switch_us * c.count - c.saved_us(boost.value), c.count, c.unsure_us) for c in cells
-    ]
-    return _each(JOIN, rows, base[0], FORWARDS), boost
+    return _each(JOIN, [cell.rest(switch_us, boost.value) for cell in cells], base[0], FORWARDS), boost
 
 
 def _fit_boost(cells: Sequence[Cell], switch_us: float, base: float) -> Estimate:
@@ -70,23 +66,18 @@ def _fit_boost(cells: Sequence[Cell], switch_us: float, base: float) -> Estimate
         return Estimate(BOOST, base, float("nan"), False, f"too few {FORWARDS} were measured")
 
     def off(found: Floats) -> Floats:
-        said = [c.parts_us + (switch_us + found[0]) * c.count - c.saved_us(found[1]) for c in cells]
-        shares: Floats = np.array([(c.whole_us - us) / c.known_up_to_us for c, us in zip(cells, said, strict=True)])
-        return shares
+        return _off([cell.rest(switch_us, found[1]) for cell in cells], found[0])
 
     # Times are on a grid, so differences are taken over more than a tick of it.
     bounds = ([-np.inf, 0.0], [np.inf, 1.0])
     found = least_squares(off, [0.0, 0.1], bounds=bounds, loss="soft_l1", x_scale=[1.0, 0.1], diff_step=[0.02, 0.02])
-    value, scatter = float(found.x[1]), 2.0 * found.cost / (len(cells) - 2)
+    scatter = 2.0 * found.cost / (len(cells) - 2)
     slopes: Floats = np.asarray(found.jac, dtype=float)
     normal = slopes.T @ slopes
     if np.linalg.matrix_rank(normal) < 2:
         return Estimate(BOOST, base, float("nan"), False, "collectives are too short for a GPU to rest")
     error = sqrt(float(np.linalg.inv(normal)[1, 1])) * max(1.0, sqrt(scatter))
-    if value < 2.0 * error:
-        why = f"{value:.2g} is within two standard errors ({error:.2g}) of nothing"
-        return Estimate(BOOST, base, error, False, why)
-    return Estimate(BOOST, value, error, True, f"of {len(cells)} {FORWARDS}")
+    return _told(Estimate(BOOST, float(found.x[1]), error, True, f"of {len(cells)} {FORWARDS}"), base)
 
 
 # Of a whole and of its parts, how many these are, and by how much they may be off.
@@ -105,10 +96,17 @@ class Cell:
     unsure_us: float
     saved_us: Callable[[float], float]
 
-    @property
-    def known_up_to_us(self) -> float:
-        """By how much whole and parts may be off together."""
-        return hypot(SUM_ERROR * self.whole_us, self.unsure_us)
+    def rest(self, switch_us: float, boost: float) -> Rest:
+        """The whole, and its parts with their switches, on a GPU whose arithmetic may go so much faster."""
+        parts_us = self.parts_us + switch_us * self.count - self.saved_us(boost)
+        return self.whole_us, parts_us, self.count, self.unsure_us
+
+
+def _off(rows: Sequence[Rest], each_us: float) -> Floats:
+    """By how much of what they may be off wholes are longer than their parts and so much for each."""
+    total, parts, count, unsure = (np.array(column) for column in zip(*rows, strict=True))
+    shares: Floats = (total - parts - each_us * count) / np.hypot(SUM_ERROR * total, unsure)
+    return shares
 
 
 def _each(name: str, rows: list[Rest], base: float, what: str) -> Estimate:
@@ -116,20 +114,22 @@ def _each(name: str, rows: list[Rest], base: float, what: str) -> Estimate:
     up to a share of itself. Wholes and parts that were measured at clocks some per cent apart are far off at once."""
     if len(rows) < 2:
         return Estimate(name, base, float("nan"), False, f"too few {what} were measured")
-    total, parts, count, unsure = (np.array(column) for column in zip(*rows, strict=True))
-    known_up_to = np.hypot(SUM_ERROR * total, unsure)
 
     def off(each: Floats) -> Floats:
-        shares: Floats = (total - parts - each[0] * count) / known_up_to
-        return shares
+        return _off(rows, each[0])
 
     found = least_squares(off, [0.0], loss="soft_l1")
-    value, scatter = float(found.x[0]), 2.0 * found.cost / (len(rows) - 1)
+    scatter = 2.0 * found.cost / (len(rows) - 1)
     error = float(1.0 / np.linalg.norm(np.asarray(found.jac)) * max(1.0, sqrt(scatter)))
-    if value < 2.0 * error:
-        why = f"{value:.2g} us is within two standard errors ({error:.2g} us) of nothing"
-        return Estimate(name, base, error, False, why)
-    return Estimate(name, value, error, True, f"of {len(rows)} {what}")
+    return _told(Estimate(name, float(found.x[0]), error, True, f"of {len(rows)} {what}"), base, " us")
+
+
+def _told(found: Estimate, base: float, unit: str = "") -> Estimate:
+    """The estimate, or the base where it is nothing beside its error."""
+    if found.value < 2.0 * found.error:
+        why = f"{found.value:.2g}{unit} is within two standard errors ({found.error:.2g}{unit}) of nothing"
+        return Estimate(found.name, base, found.error, False, why)
+    return found
 
 
 def sequence_us(costs: Costs, row: Measurement) -> float:
@@ -164,19 +164,18 @@ def _cells(batches: Iterable[Measurement], node: NodeSpec) -> Iterator[Cell]:
             kernels = _kernels_of(at)
             if count := sum(kernel.is_communication for kernel in kernels):
                 unsure = CLOCK_ERROR * _clocked_us(kernels, costs)
-                saved = partial(_saved_us, kernels, costs, (compute, comm))
+                gemms = Counter(costs.shape(kernel) for kernel in kernels if kernel.kind is Kind.GEMM)
+                saved = partial(_saved_us, gemms, costs.device, (compute, comm))
                 yield Cell(serial / 2.0, compute + comm, count, unsure, saved)
 
 
-def _saved_us(kernels: Sequence[Kernel], costs: Costs, busy_and_rest_us: tuple[float, float], boost: float) -> float:
-    """What GEMMs save at the clock that so much rest allows, if it may rise by this share."""
-    device = msgspec.structs.replace(costs.device, rested_boost=boost)
-    clock = clock_of(*busy_and_rest_us, device)
-    saved = 0.0
-    for kernel, number in Counter(kernel for kernel in kernels if kernel.kind is Kind.GEMM).items():
-        before, after = (alone_us(costs.shape(kernel, 0, each), device.num_sms, device) for each in (1.0, clock))
-        saved += number * (before - after)
-    return saved
+def _saved_us(gemms: Counter[Shape], device: DeviceSpec, busy_and_rest_us: tuple[float, float], boost: float) -> float:
+    """What so many of each GEMM save at the clock that so much rest allows, if it may rise by this share."""
+    clock, slots = clock_of(*busy_and_rest_us, boost), device.num_sms
+    return sum(
+        number * (alone_us(shape, slots, device) - alone_us(shape.clocked(clock), slots, device))
+        for shape, number in gemms.items()
+    )
 
 
 def _clocked_us(kernels: Iterable[Kernel], costs: Costs) -> float:

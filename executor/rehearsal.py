@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from executor.device import Device
-from executor.garbage import no_collections
+from executor.garbage import collected
 from executor.mail import Mail
 from executor.plan_cache import Plan, PlanCache
 from executor.settings import RunSettings
@@ -91,27 +90,21 @@ class Rehearsal:
         return {choice: self.believed_us(options, always(*choice)) for choice in product(partitions, ctas)}
 
 
+@collected()  # as in the run
 def corrected(
     run: RunSettings, device: Device, mail: Mail, table: dict[str, Any], shapes: Sequence[BatchShape]
 ) -> dict[str, Any]:
     """A measured profile with the host's prices and, where there are graphs, one choice of SMs and CTAs and what
     overlapping costs beyond belief. Equal on all ranks."""
     rehearsal = Rehearsal(run, device, profile_from(table), first_batches(run))
-    # As in the run: a collection takes 60-130 ms here (OPT-30B), as long as what is timed.
-    gc.collect()
-    with no_collections():
-        return _corrected(rehearsal, mail, table, shapes)
-
-
-def _corrected(rehearsal: Rehearsal, mail: Mail, table: dict[str, Any], shapes: Sequence[BatchShape]) -> dict[str, Any]:
     prices = mail.gather("profile/prices", rehearsal.prices_us(), tuple)
     # Collectives bind the ranks, so the slowest host sets the pace.
     launch_us, round_us = mail.share("profile/host", tuple(map(max, zip(*prices, strict=True))), tuple)
     table = table | {"launch_us": launch_us, "round_us": round_us}
-    if rehearsal.device.parts.graphs is None:
+    if device.parts.graphs is None:
         return table
     rehearsal.profile = profile_from(table)
-    return table | _rehearsed(rehearsal, mail) if _foresees(rehearsal.run, shapes) else table
+    return table | _rehearsed(rehearsal, mail) if _foresees(run, shapes) else table
 
 
 def _rehearsed(rehearsal: Rehearsal, mail: Mail) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import socket
 import time
@@ -21,7 +20,7 @@ from executor.checkpoint import load_checkpoint
 from executor.cuda import settle
 from executor.device import AllSteps, Device, Parts
 from executor.execute import Driver, Progress
-from executor.garbage import no_collections
+from executor.garbage import collected
 from executor.groups import Groups, Place, World
 from executor.inputs import Loader, Outputs
 from executor.lanes import Clock
@@ -138,10 +137,8 @@ class Session:
         device, backing = opened.device, opened.backing
         with ExitStack() as stack:
             driver = self._driver(run, device, opened.scheduler(), stack)
-            # A collector that looks through all that a run has made, again and again, only holds up launches, and the
-            # main loop makes no cycles. Before time zero: the last collection takes longer than many a batch.
-            gc.collect()
-            stack.enter_context(no_collections())
+            # The main loop makes no cycles. Before time zero: the last collection takes longer than many a batch.
+            stack.enter_context(collected())
             self.start_together(device)
             backing.lanes.begin_run(device.parts.clock, run.device_delay_us, (run.delay_seed, self.place.rank))
             self._go(driver, run, number)

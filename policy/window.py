@@ -191,8 +191,7 @@ def _how_far(course: Course, flight: Flight, gap_us: float) -> int:
     """
     vector, reach, limit, spent = flight.vector, flight.cursor, course.run_end(flight), 0.0
     if course.regime.whole and _overrun(course):
-        first = course.profile.solo_us(vector.kernels[reach], course.regime.withheld_sms, 0)
-        return limit if _fits(course, vector.kernels[reach], first, gap_us) else reach
+        return limit
     whole = flight.cursor
     while reach < limit:
         kernel = vector.kernels[reach]

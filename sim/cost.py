@@ -193,11 +193,12 @@ def alone_us(shape: Shape, slots: int, device: DeviceSpec) -> float:
     return full + (wave_us(shape, rest, device) if rest else 0.0)
 
 
-def clock_of(busy_us: float, rest_us: float, device: DeviceSpec) -> float:
-    """The clock where a GPU computes and rests for so long, over and over, as a multiple of that without rest."""
+def clock_of(busy_us: float, rest_us: float, boost: float) -> float:
+    """The clock where a GPU computes and rests for so long, over and over, as a multiple of that without rest; higher
+    by the share `boost` at most."""
     if not busy_us or not rest_us:
         return 1.0
-    return min(1.0 + device.rested_boost, float(((busy_us + rest_us) / busy_us) ** (1.0 / POWER_ORDER)))
+    return min(1.0 + boost, float(((busy_us + rest_us) / busy_us) ** (1.0 / POWER_ORDER)))
 
 
 def slowed_compute(contention: ContentionSpec) -> dict[Kind, float]:
@@ -282,8 +283,8 @@ class Costs:
         known = self._clocks.get((id(kernels), max_ctas))
         if known is None:
             us = [(self.solo_us(k, 0, max_ctas), k.kind in COLLECTIVES) for k in kernels]
-            clock = clock_of(sum(t for t, rests in us if not rests), sum(t for t, rests in us if rests), self.device)
-            known = self._clocks[id(kernels), max_ctas] = kernels, clock
+            busy_us, rest_us = (sum(t for t, rests in us if rests is which) for which in (False, True))
+            known = self._clocks[id(kernels), max_ctas] = kernels, clock_of(busy_us, rest_us, self.device.rested_boost)
         return known[1]
 
     def _measured(self, modelled: Shape, kernel: Kernel, withheld_sms: int) -> Shape:
