@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -24,6 +25,9 @@ MOST_ROWS = 100
 ROWS_FOR_WAYS = 50
 KNOWN_SLOWDOWN = 0.02
 MOST_SLOWDOWN = 6.0
+# Races of each pair that a fit remembers: of a step in every direction, and of the point that they left.
+KEPT_RACES = 16
+_Known = tuple[tuple[str, float], ...]
 # Ways whose cost is this much larger, and by so much, are not fitted any more.
 FAR_BEHIND, FAR_COST = 1.5, 50.0
 # CTAs that the default may have.
@@ -165,19 +169,24 @@ def _best(
     rows: Sequence[Measurement], ways: Sequence[NodeSpec], first: Solution | None = None
 ) -> tuple[NodeSpec, Solution, list[float]]:
     """Of several ways to model the node the one that fits best, the first of equals; its solution, and the costs of
-    all. `first`: what is known of the first way. None is fitted that the best one's values leave far behind."""
-    best, base, costs = first, ways[0], [first.cost] if first else []
+    all. `first`: what is known of the first way. None is fitted that the best one's values leave far behind, or that
+    says of these rows what another one does."""
+    found = [(first, ways[0])] if first else []
+    costs = [first.cost] if first else []
     for way in ways[len(costs) :]:
         problem = _problem(rows, way, _parameters(rows, way))
-        if best is not None and (cost := cost_of(problem, best.values)) > FAR_BEHIND * best.cost + FAR_COST:
+        tried = [cost_of(problem, solution.values) for solution, _ in found]
+        known = [solution.cost for solution, _ in found]
+        same = [cost for cost, other in zip(tried, known, strict=True) if cost == other]
+        if same:
+            costs.append(same[0])
+        elif found and (cost := tried[known.index(min(known))]) > FAR_BEHIND * min(known) + FAR_COST:
             costs.append(cost)
-            continue
-        found = solve(problem)
-        costs.append(found.cost)
-        if best is None or found.cost < best.cost:
-            best, base = found, way
-    assert best is not None
-    return base, best, costs
+        else:
+            found.append((solve(problem), way))
+            costs.append(found[-1][0].cost)
+    solution, base = min(found, key=lambda each: each[0].cost)
+    return base, solution, costs
 
 
 def _compared(costs: Sequence[float]) -> str:
@@ -235,11 +244,20 @@ def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Para
     pairs, told = [pair_of(row) for row in rows], [_told(row) for row in rows]
     measured = np.log([value for each in told for value, _ in each.values()])
 
+    @lru_cache(maxsize=len(BY_KIND))
+    def costs_of(known: _Known) -> Costs:
+        return Costs(_with(base, dict(known)))
+
+    # Most steps of a fit move a value that a pair of another kind knows nothing of.
+    @lru_cache(maxsize=KEPT_RACES * len(rows))
+    def raced(number: int, known: _Known) -> Outcome:
+        return race(costs_of(known), pairs[number], with_delay=DELAY in told[number])
+
     def log_ratio(values: dict[str, float]) -> Floats:
-        costs = Costs(_with(base, values))
+        known = {kind: _known_to(kind, values) for kind in BY_KIND}
         found: list[float] = []
-        for row, pair, each in zip(rows, pairs, told, strict=True):
-            outcome = race(costs, pair, with_delay=DELAY in each)
+        for number, (row, each) in enumerate(zip(rows, told, strict=True)):
+            outcome = raced(number, known[str(row.at["kind"])])
             simulated = {"compute_slowdown": outcome.compute_slowdown, "comm_slowdown": outcome.comm_slowdown}
             if DELAY in each:
                 simulated[DELAY] = 1.0 + outcome.start_delay_us / _alone_us(row)
@@ -251,6 +269,13 @@ def _problem(rows: Sequence[Measurement], base: NodeSpec, parameters: tuple[Para
     sigma = sigma_of([value for value, _ in flat], [spread for _, spread in flat])
     groups = tuple(shape_identity(row) for row, each in zip(rows, told, strict=True) for _ in each)
     return Problem(parameters, log_ratio, sigma, groups, is_staircase=True, is_dear=True)
+
+
+def _known_to(kind: str, values: dict[str, float]) -> _Known:
+    """The values that a pair with this kind of computation hangs on. What slows GEMMs' collectives stands for all kinds
+    that say nothing else."""
+    strange = {names[other] for names in (BY_KIND, BACK) for other in BY_KIND if other != kind} - {BACK["gemm"]}
+    return tuple((name, value) for name, value in values.items() if name not in strange)
 
 
 def _told(row: Measurement) -> dict[str, tuple[float, float]]:

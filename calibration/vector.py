@@ -75,6 +75,11 @@ class _Shapes:
     lead_us: Floats
     overlap_order: float
 
+    def some(self, which: Ints) -> _Shapes:
+        """Some of them."""
+        times = self.cta_us[which], self.cta_bytes[which], self.lead_us[which]
+        return _Shapes(self.num_ctas[which], *times, self.overlap_order)
+
 
 def others_us(
     points: Others, device: DeviceSpec, start_us: float, traffic: float, overlap_order: float = 1.0
@@ -98,24 +103,49 @@ def gemms_us(points: Gemms, device: DeviceSpec) -> Floats:
     """Solo microseconds, each of the tile and split that the library takes."""
     slots = _slots(points.withheld, device)
     width = slots if device.gemm_sees_partition else np.full_like(slots, device.num_sms)
-    size = len(points.rows)
-    chosen_us, chosen_ctas, found = np.full(size, np.inf), np.zeros(size, dtype=np.int64), np.full(size, np.inf)
-    same = bool((slots == width).all())
-    for tile_rows, tile_cols, share in device.gemm_tiles:
-        tiles = -(-points.rows // tile_rows) * -(-points.cols // tile_cols)
-        for split in SPLITS:
-            few = (tiles * split <= MAX_SPLIT_WAVES * width) & (points.inner // split >= MIN_SPLIT_INNER)
-            which = np.flatnonzero(few) if split > 1 else np.arange(size)
-            if not len(which):
-                break
-            some = points.some(which)
-            shapes = _gemm_shapes(some, device, (tile_rows * tile_cols, share), tiles[which], split, width[which])
-            us = _alone_us(shapes, width[which], device)
-            better = (us < chosen_us[which]) | ((us == chosen_us[which]) & (shapes.num_ctas < chosen_ctas[which]))
-            taken = which[better]
-            chosen_us[taken], chosen_ctas[taken] = us[better], shapes.num_ctas[better]
-            real = us if same else _alone_us(shapes, slots[which], device)
-            found[taken] = real[better]
+    ways = _ways(points, device, width)
+    every = points.some(ways.point)
+    shapes = _gemm_shapes(every, ways, device, width[ways.point])
+    us = _alone_us(shapes, width[ways.point], device)
+    taken = _least(us, shapes.num_ctas, ways.first)
+    if (slots == width).all():
+        found: Floats = us[taken]
+        return found
+    return _alone_us(shapes.some(taken), slots, device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ways:
+    """Every tile and split that the library considers for each point, one point's after another's: the point's number,
+    the tile's elements and share of the rate, how many tiles there are, and into how many parts the inner dimension is
+    split. `first`: where each point's begin."""
+
+    point: Ints
+    area: Ints
+    share: Floats
+    tiles: Ints
+    split: Ints
+    first: Ints
+
+
+def _ways(points: Gemms, device: DeviceSpec, width: Ints) -> _Ways:
+    rows, cols, share = (np.array(column) for column in zip(*device.gemm_tiles, strict=True))
+    split = np.array(SPLITS)
+    tiles = -(-points.rows[:, None] // rows) * -(-points.cols[:, None] // cols)
+    few = tiles[:, :, None] * split <= MAX_SPLIT_WAVES * width[:, None, None]
+    long = points.inner[:, None] // split >= MIN_SPLIT_INNER
+    point, tile, part = np.nonzero((few & long[:, None, :]) | (split == 1))
+    first = np.searchsorted(point, np.arange(len(points.rows)))
+    return _Ways(point, (rows * cols)[tile], share[tile], tiles[point, tile], split[part], first)
+
+
+def _least(us: Floats, ctas: Ints, first: Ints) -> Ints:
+    """Where the least of each group stands, of equal ones that with the fewest CTAs, of those the first."""
+    sizes = np.diff(first, append=len(us))
+    tied = us == np.repeat(np.minimum.reduceat(us, first), sizes)
+    ctas = np.where(tied, ctas, np.iinfo(np.int64).max)
+    tied = ctas == np.repeat(np.minimum.reduceat(ctas, first), sizes)
+    found: Ints = np.minimum.reduceat(np.where(tied, np.arange(len(us)), len(us)), first)
     return found
 
 
@@ -127,16 +157,13 @@ def _slots(withheld: Ints, device: DeviceSpec) -> Ints:
     return np.where(withheld > 0, np.minimum(device.num_sms, -(-left // step) * step), left)
 
 
-def _gemm_shapes(
-    points: Gemms, device: DeviceSpec, tile: tuple[int, float], tiles: Ints, split: int, width: Ints
-) -> _Shapes:
-    """One tile (its elements and share) and one split, for all points."""
+def _gemm_shapes(points: Gemms, ways: _Ways, device: DeviceSpec, width: Ints) -> _Shapes:
+    """Each point the way that stands beside it."""
     sm_flops = device.peak_tflops * 1e6 * device.gemm_efficiency / device.num_sms
     idle = device.ramp_us * memory_bandwidth(device)
-    area, share = tile
-    ctas = tiles * split
-    busy = 2.0 * area * points.inner / split / (sm_flops * share)
-    partial = 0.0 if split == 1 else float(PARTIAL_BYTES) * points.rows * points.cols * split
+    split, ctas = ways.split, ways.tiles * ways.split
+    busy = 2.0 * ways.area * points.inner / split / (sm_flops * ways.share)
+    partial = np.where(split == 1, 0.0, float(PARTIAL_BYTES) * points.rows * points.cols * split)
     moved = points.bytes_moved + partial
     alone = moved / ctas / (device.sm_bandwidth_gb_s * 1e3)
     filled = np.ones(len(ctas))
@@ -148,7 +175,7 @@ def _gemm_shapes(
     waves = -(-ctas // width)
     apart = device.piece_us + PIECE_TRAFFIC * points.piece_bytes / memory_bandwidth(device)
     is_dear = (points.piece_bytes >= 0.0) & bool(device.piece_us)
-    lead = (np.where(is_dear, apart, 0.0) + (0.0 if split == 1 else device.split_us)) / waves
+    lead = (np.where(is_dear, apart, 0.0) + np.where(split == 1, 0.0, device.split_us)) / waves
     cta_us = (device.cta_start_us + np.maximum(busy, alone)) * filled
     return _Shapes(ctas, cta_us, (moved + idle) / ctas, lead, device.gemm_overlap_order)
 

@@ -174,10 +174,10 @@ def test_slowdowns_that_go_with_traffic_are_told_from_those_that_do_not(by_traff
     )
     true = msgspec.structs.replace(true, contention=slow)
     surveyor, rows = Surveyor(true), list[Measurement]()
-    for model, count in product(MODEL_IDS[:1], (64, 2048)):
+    for model, count in product(MODEL_IDS[:1], (64, 1024)):
         layer = layer_kernels(MODELS[model], BatchShape(count // 64, 64), 4)
         for kernel in (k for k in layer if k.name in ("ffn_norm", "attention")):
-            variants = [(size, 0, 8) for size in (2**15, 2**19, 2**23)]
+            variants = [(size, 0, 8) for size in (2**15, 2**22)]
             rows += [surveyor.pair(MODELS[model].num_heads // 4, kernel, count, each) for each in variants]
     found = fit_pairs(rows, msgspec.structs.replace(true, contention=load_node(BASE).contention))
     assert found.node.contention.by_traffic is by_traffic
@@ -185,7 +185,7 @@ def test_slowdowns_that_go_with_traffic_are_told_from_those_that_do_not(by_traff
     # The truth's are beside 16 CTAs, and all pairs are beside 8.
     beside_8 = 1.0 + (slow.elementwise_by_comm - 1.0) * 8 / 16
     assert found.node.contention.elementwise_by_comm == pytest.approx(beside_8, rel=0.1)
-    few = fit_pairs([row for row in rows if row.at["rows"] == 64], true)
+    few = fit_pairs(rows[:2], true)
     assert "by_traffic" not in few.choices  # small ones alone do not tell
 
 
