@@ -22,7 +22,7 @@ import msgspec
 from benchmarks.gpu_world import arrivals, twins
 from models.config import MODELS
 from models.transformer import Layout, Vectors
-from policy.options import Options
+from policy.options import Options, WholeSegments
 from policy.scheduler import Scheduler
 from sim.believe import profile_of
 from sim.simulate import Fidelity, Simulation
@@ -63,11 +63,11 @@ LEVER_BATCHES, LEVER_RATE = 300, 1500.0
 
 def served(
     node: NodeSpec, name: str, layers: int, policy: str, requests: tuple[Request, ...], pad_to: int,
-    layout: Layout = TP4, **forced: Any,
+    layout: Layout = TP4, whole: WholeSegments = "off", **forced: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the simulator says of a model that is cut to its first layers and has no vocabulary, as was measured."""
     model = replace(MODELS[name], num_layers=layers, vocab_size=0)
-    options = options_for(policy, layout, Options(pad_to=pad_to, adaptive=not forced, **forced))
+    options = options_for(policy, layout, Options(pad_to=pad_to, adaptive=not forced, whole_segments=whole, **forced))
     scheduler = Scheduler(policy, options, profile_of(node), Vectors(model, layout))
     return metrics(Simulation(node, layout, scheduler, Fidelity()).run(list(requests)))
 
@@ -111,7 +111,8 @@ def _print_beside(row: dict[str, Any], node: NodeSpec, before: str = "", togethe
     requests = arrivals(row["num_requests"] // together, row["rate"])
     requests = requests if together == 1 else twins(requests)
     pad_to, layout = row.get("pad_to", Options().pad_to), Layout(*row["layout"])
-    found = served(node, row["model"], row["num_layers"], row["policy"], requests, pad_to, layout)
+    whole: WholeSegments = "on" if (row.get("beliefs") or {}).get("whole_segments") else "off"  # as was rehearsed
+    found = served(node, row["model"], row["num_layers"], row["policy"], requests, pad_to, layout, whole)
     cells = [_beside(row[key], found[key], together if key == "request_throughput" else 1.0) for key in KEYS]
     name = f"{before}{row['mode']}, {row['model']} × {row['num_layers']}, {row['policy']}"
     print(f"| {name} | {row['rate']:.0f} | {' | '.join(cells)} |")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_world import BELIEFS
+from calibration.compare import WHOLE
 from executor.cuda import replay_us
 from executor.inputs import load_own_tokens, tokens_of
 from executor.lanes import StreamKey
@@ -96,8 +97,13 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
 
 
 def _choices(run: RunSettings) -> list[tuple[str, Options]]:
-    found = [("policy", run.options), ("no decomposition", undivided(run.options))]
-    found += [(f"partition {p}, CTAs {c or 'default'}", forced(run.options, p, c))
+    options = replace(run.options, whole_segments="off")
+    found = [
+        ("policy", options),
+        (WHOLE, replace(options, whole_segments="on")),
+        ("no decomposition", undivided(options)),
+    ]
+    found += [(f"partition {p}, CTAs {c or 'default'}", forced(options, p, c))
               for p, c in FORCED if p in run.partitions and c in run.ctas]  # fmt: skip
     return found
 

@@ -152,7 +152,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "scalar anticipation": {"anticipation": "scalar"},
     "no lookahead": {"lookahead": False},
     "no chunks": {"chunks": False},
-    "fills of whole segments": {"whole_segments": True},
+    "no fills of whole segments": {"whole_segments": "off"},
     "not adaptive": {"adaptive": False},
 }
 

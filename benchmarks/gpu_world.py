@@ -26,7 +26,7 @@ GPU_PARTITIONS, GPU_CTAS = (0, 8, 16, 24, 32), (0, 8, 16)
 SEED = 1
 # What rehearsals have made of the policy's beliefs.
 BELIEFS = ("launch_us", "round_us", "crossing_us", "host_margin", "partitions", "ctas", "rehearsed", "serial_us",
-           "overlap_price")  # fmt: skip
+           "kept_to_windows_us", "whole_segments", "overlap_price")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from traces.measurement import CONDITIONS, Measurement, read_measurements
 
 # The parts alone: what a forward pass computes, and what it communicates, with nothing beside it.
 COMPUTE_ALONE, COMM_ALONE, SERIAL, POLICY, PLAIN = "compute alone", "comm alone", "serial", "policy", "no decomposition"
+WHOLE = "policy, whole segments"
 # A coordinate of rows of two batches: the hardware's plan in words, where it was noted.
 PLAN = "plan"
 HOST_STAGED, AS_IS = "host-staged", "as-is"

@@ -7,7 +7,18 @@ from dataclasses import asdict, dataclass, field, replace
 
 import msgspec
 
-from calibration.compare import COMM_ALONE, COMPUTE_ALONE, PLAIN, PLAN, POLICY, SERIAL, Source, normalised, partition_of
+from calibration.compare import (
+    COMM_ALONE,
+    COMPUTE_ALONE,
+    PLAIN,
+    PLAN,
+    POLICY,
+    SERIAL,
+    WHOLE,
+    Source,
+    normalised,
+    partition_of,
+)
 from calibration.kernels import forward_pass
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_share
 from calibration.validate_ranking import LEVEL, Cell, ranking_lines
@@ -129,10 +140,12 @@ def in_a_graph(node: NodeSpec) -> NodeSpec:
 
 def options_of(schedule: str, cell: Cell) -> Options | None:
     """The options under which a schedule's plan was made; None for a schedule that is not known."""
-    base = Options(batch_size=cell.num_sequences, pad_to=PAD_TO, depth=2)
+    base = Options(batch_size=cell.num_sequences, pad_to=PAD_TO, depth=2, whole_segments="off")
     forced = replace(base, adaptive=False)
     if schedule in (POLICY, SERIAL):
         return base
+    if schedule == WHOLE:
+        return replace(base, whole_segments="on")
     if schedule == PLAIN:
         return replace(forced, decomposition="off", chunks=False)
     withheld = partition_of(schedule)

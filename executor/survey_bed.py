@@ -143,7 +143,7 @@ class Bed:
         requests = made_up_requests(shape)
         run = msgspec.structs.replace(
             self.run, policy="interleaved", requests=requests,
-            options=Options(batch_size=len(requests), pad_to=16, depth=NUM_SLOTS),
+            options=Options(batch_size=len(requests), pad_to=16, depth=NUM_SLOTS, whole_segments="off"),
             partitions=tuple(sorted(self.grid.partitions)) or (0,), ctas=self.grid.batch_ctas or (0,),
         )  # fmt: skip
         profile, table = self.beliefs(folder) if self.grid.partitions else (UNASKED, None)

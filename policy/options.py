@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 Synchronisation = Literal["hybrid", "cpu-gpu", "inter-stream"]
 Anticipation = Literal["pairs", "scalar", "off"]
 Decomposition = Literal["auto", "rows", "cols", "off"]
+WholeSegments = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,9 @@ class Options:
     one scalar; or not. decomposition, max_parts: along which axis and into how many pieces kernels may be cut at run
     time.
     chunks: cut long collectives too. whole_segments: fills may go on to the end of their segment where that is believed
-    faster; so far it is simulated only. lookahead: consider every flight as a fill, not only the next in line.
-    partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to choose by
-    regime.
+    faster; auto: if a rehearsal on the hardware saw it pay. lookahead: consider every flight as a fill, not only the
+    next in line. partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to
+    choose by regime.
     adaptive: fall back to plain tensor parallelism where overlap does not pay. protect: a batch that would miss its
     deadline only if it were delayed is not delayed. sync: who orders lanes (Liger section 3.4). run_ahead: rounds that
     the host may be ahead. capture: replay runs of kernels as graphs. priority: streams have priorities. slo_us:
@@ -40,7 +41,7 @@ class Options:
     decomposition: Decomposition = "auto"
     max_parts: int = 8
     chunks: bool = True
-    whole_segments: bool = False
+    whole_segments: WholeSegments = "auto"
     lookahead: bool = True
     partition: int = -1
     comm_ctas: int = -1
@@ -61,8 +62,9 @@ class Options:
         for name, least in (("max_wait_us", 0.0), ("slo_us", 0.0), ("scalar_factor", 1.0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"policy option {name} is {getattr(self, name)!r}; it must be {least} or more")
-        choices = {"sync": ("hybrid", "cpu-gpu", "inter-stream"), "anticipation": ("pairs", "scalar", "off"),
-                   "decomposition": ("auto", "rows", "cols", "off")}  # fmt: skip
+        choices = {name: get_args(kind) for name, kind in
+                   (("sync", Synchronisation), ("anticipation", Anticipation), ("decomposition", Decomposition),
+                    ("whole_segments", WholeSegments))}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"policy option {name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")

@@ -99,7 +99,8 @@ class Table:
 
 def profile_from(data: Mapping[str, Any]) -> Profile:
     """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us, round_us and
-    crossing_us, 0 where they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried.
+    crossing_us, 0 where they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried;
+    whole_segments, false where nobody tried.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
     us}; pairs: {kind, withheld, ctas, rows, compute, comm}, of GEMMs of several sizes with {cols, inner}. Microseconds
@@ -113,6 +114,7 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
         crossing_us=_number(data, "crossing_us", 0.0),
         host_margin=_number(data, "host_margin", Profile.host_margin, is_factor=True),
         overlap_price=_number(data, "overlap_price", 1.0, is_factor=True),
+        whole_segments=_flag(data, "whole_segments"),
     )  # fmt: skip
 
 
@@ -123,6 +125,13 @@ def _number(data: Mapping[str, Any], name: str, otherwise: float, *, is_factor: 
             f"a profile table's {name} is {value!r}; it must be a number {'above' if is_factor else 'from'} 0"
         )
     return float(value)
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"a profile table's {name} is {value!r}; it must be true or false")
+    return value
 
 
 def _need(data: Mapping[str, Any], key: str) -> Any:

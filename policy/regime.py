@@ -70,7 +70,7 @@ def search_regime(vectors: tuple[FunctionVector, ...], options: Options, profile
     best = Regime(overrun=1.0, split=options.decomposition != "off")
     best = best_of([replace(best, withheld_sms=p, max_ctas=c) for c in ctas for p in _partitions(c, options, profile)])
     best = best_of([replace(best, overrun=share) for share in (0.0, 0.25, 0.5, 1.0)])
-    if options.whole_segments:
+    if options.whole_segments == "on" or (options.whole_segments == "auto" and profile.whole_segments):
         best = best_of([best, replace(best, overrun=1.0, whole=True)])
     if best.split:
         best = best_of([best, replace(best, split=False)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import hypothesis
 import pytest
@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from executor import cuda
 from executor.cuda import enter, on
+from executor.device import Device
 from executor.lanes_cuda import given_sms
-from executor.rehearsal import Choice, worth_rehearsing
+from executor.mail import Mail
+from executor.plan_cache import Plan
+from executor.rehearsal import Choice, Rehearsal, overlap, rehearsed, worth_rehearsing
+from models.transformer import Layout
+from policy.options import Options, WholeSegments
+from policy.profile_table import profile_from
+from policy.regime import RegimeOf
+from tests.executor.worlds import beliefs, run_of
 
 
 class Library:
@@ -93,3 +101,58 @@ def test_what_is_rehearsed_are_all_partitions_and_the_best_belief_of_other_numbe
     for ctas in {ctas for _, ctas in believed} - {least}:
         (only,) = [choice for choice in found if choice[1] == ctas]
         assert believed[only] == min(us for choice, us in believed.items() if choice[1] == ctas)
+
+
+Times = dict[tuple[Choice, bool], float]
+
+
+class Timed(Rehearsal):
+    """A rehearsal on a device that takes so long, by choice and by whether fills may be of whole segments."""
+
+    truth: Times
+
+    def timed_us(self, options: Options, plan: Plan) -> list[float]:
+        choice = options.partition, options.comm_ctas
+        return [self.truth[choice, options.whole_segments == "on"] if plan is overlap else SERIAL_US] * 2
+
+    def believed_us(self, options: Options, regime_of: RegimeOf) -> float:
+        return 1.0
+
+    def beliefs_us(self) -> dict[Choice, float]:
+        return {choice: us for (choice, whole), us in self.truth.items() if whole}
+
+
+class OneRank(Mail):
+    """Nobody to tell."""
+
+    def __init__(self) -> None:
+        pass
+
+    def share(self, key: str, value: Any, kind: Any) -> Any:
+        return value
+
+
+SERIAL_US = 100.0
+TRUTH = st.fixed_dictionaries(
+    {((withheld, 0), whole): st.floats(1.0, 1e3) for withheld in (0, 8, 16) for whole in (True, False)}
+)
+
+
+@hypothesis.given(TRUTH, st.sampled_from(["auto", "on", "off"]))
+def test_of_what_was_rehearsed_the_fastest_is_left(truth: Times, asked: WholeSegments) -> None:
+    run = run_of("interleaved", Layout(2, 1), options=Options(whole_segments=asked))
+    rehearsal = Timed(run, cast(Device, None), profile_from(beliefs()), ())
+    rehearsal.truth = truth
+    left = rehearsed(rehearsal, OneRank())
+    (withheld,), (ctas,), whole = left["partitions"], left["ctas"], left["whole_segments"]
+    found_us = truth[(withheld, ctas), whole]
+    # Keeping to windows is tried beside the best choice only, and nothing is that the options rule out.
+    assert found_us == min(us for (_, w), us in truth.items() if w == (asked != "off")) or (asked, whole) == (
+        "auto",
+        False,
+    )
+    assert asked == "auto" or whole == (asked == "on")
+    assert found_us <= truth[(withheld, ctas), True] or asked != "auto"
+    assert left["overlap_price"] == pytest.approx(found_us / SERIAL_US)
+    profile = profile_from(beliefs() | left)
+    assert (profile.partitions, profile.ctas, profile.whole_segments) == ((withheld,), (ctas,), whole)

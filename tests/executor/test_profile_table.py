@@ -92,6 +92,15 @@ def test_a_price_that_is_none_is_refused(name: str, price: object) -> None:
         profile_from(beliefs() | {name: price})
 
 
+@pytest.mark.parametrize("told", [1, "yes", None])
+def test_what_is_neither_true_nor_false_is_refused(told: object) -> None:
+    assert (
+        not profile_from(beliefs()).whole_segments and profile_from(beliefs() | {"whole_segments": True}).whole_segments
+    )
+    with pytest.raises(ValueError, match=r"whole_segments is .*true or false"):
+        profile_from(beliefs() | {"whole_segments": told})
+
+
 @pytest.mark.parametrize("sizes", [{"cols": 0}, {"cols": "wide", "inner": "deep"}, {"inner": 2.5}, {"cols": None}])
 def test_a_gemm_of_no_size_beside_a_collective_is_refused(sizes: dict[str, object]) -> None:
     table = beliefs()

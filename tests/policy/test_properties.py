@@ -47,7 +47,7 @@ switches = st.fixed_dictionaries(
         "decomposition": st.sampled_from(["auto", "rows", "cols", "off"]),
         "max_parts": st.integers(2, 9),
         "chunks": st.booleans(),
-        "whole_segments": st.booleans(),
+        "whole_segments": st.sampled_from(["on", "off"]),
         "lookahead": st.booleans(),
         "partition": st.sampled_from([-1, 0, 8]),
         "adaptive": st.booleans(),

@@ -87,6 +87,18 @@ def test_overlapping_that_was_seen_to_cost_more_than_believed_is_given_up_where_
     assert choose_regime(pair, replace(options, adaptive=False), replace(profile, overlap_price=9.0, memo={})) == regime
 
 
+def test_fills_of_whole_segments_are_left_to_a_rehearsal_unless_asked_for() -> None:
+    vector = FunctionVector((), layer_kernels(MODELS["glm-130b"], BatchShape(1, 128), 4), 12)
+    told = profile_of(load_node("h200-nvlink-x4"))
+    found = {
+        (asked, seen): choose_regime((vector, vector), alone(depth=2, whole_segments=asked), profile).whole
+        for asked in ("auto", "on", "off") for seen in (False, True)
+        for profile in [replace(told, whole_segments=seen, memo={})]
+    }  # fmt: skip
+    assert found["on", False] is found["on", True] is found["auto", True] is True
+    assert found["off", False] is found["off", True] is found["auto", False] is False
+
+
 def test_the_later_a_host_the_more_windows_a_round_has_and_the_fewer_rounds_there_are() -> None:
     vector = FunctionVector((), layer_kernels(MODELS["glm-130b"], BatchShape(1, 128), 4), 12)
     pair, options = (vector, vector), alone(depth=2, adaptive=False)

@@ -108,12 +108,12 @@ def test_fills_that_go_on_to_the_end_of_their_segment_reach_the_bound_of_computa
     num, segment = 40, sum(kernels_us)
     layer = FunctionVector((), (*map(compute, kernels_us), comm(40.0)), num)
     ends = {}
-    for whole in (True, False):
+    for whole in ("on", "off"):
         options = alone(depth=2, max_wait_us=0.0, whole_segments=whole)
         ends[whole] = World("interleaved", ideal_node(), [(layer,)], options).run([0.0, 0.0]).end_us
     ideal = 2 * num * segment
-    assert ideal <= ends[True] <= 1.05 * ideal
-    assert ends[False] > 1.2 * ideal
+    assert ideal <= ends["on"] <= 1.05 * ideal
+    assert ends["off"] > 1.2 * ideal
 
 
 @pytest.mark.parametrize("captured", [True, False])
