@@ -33,13 +33,12 @@ from weft.runs import options_for
 
 DATA = Path(__file__).parent / "data"
 SERVED = ("h200-x4-2026-11-22-later/serving.jsonl", "h200-x4-2026-11-22/deep.jsonl",
-          "h200-x2-2026-11-22-sized-gemms/serving.jsonl",
-          "h200-x2-2026-11-22-sized-gemms/serving-again.jsonl", "h200-x2-2026-11-23/serving.jsonl")  # fmt: skip
+          "h200-x2-2026-11-23/serving.jsonl", "h200-x2-2026-11-23-whole-segments/serving.jsonl")  # fmt: skip
 NODES = {"as-is": "h200-nvlink-x4", "host-staged": "h200-hoststaged-x4"}
 OF_TWO = {"as-is": "h200-nvlink-x2-fitted", "host-staged": "h200-hoststaged-x2-fitted"}
 # Requests as they come, one by one.
 PLANES = ("h200-x4-2026-11-22-later/plane.jsonl", "h200-x2-2026-11-22-to-the-end/plane.jsonl",
-          "h200-x2-2026-11-23/plane.jsonl")  # fmt: skip
+          "h200-x2-2026-11-23/plane.jsonl", "h200-x2-2026-11-23-whole-segments/plane.jsonl")  # fmt: skip
 TP4 = Layout(4, 1)
 KEYS = ("request_throughput", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms")
 # The repaired artifact's capacity on this kind of node, batches of two of 16 to 115 tokens, 131 of them, and its own

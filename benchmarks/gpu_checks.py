@@ -30,7 +30,7 @@ def correct(suite: Suite) -> None:
         ("interleaved", tp, forced), ("interleaved", tp, replace(forced, decomposition="rows", capture=False)),
         ("interleaved", tp, replace(forced, partition=0 if suite.dry_run else 24, comm_ctas=0 if suite.dry_run else 8)),
         ("interleaved", tp, replace(forced, sync="inter-stream")), ("liger-artifact", tp, Options()),
-        ("interleaved", tp, replace(forced, whole_segments="off")),
+        ("interleaved", tp, replace(forced, whole_segments="on")),
         ("tensor", tp, Options()), ("pipeline", Layout(1, suite.ranks), Options()), ("hybrid", half, Options()),
     ]  # fmt: skip
     runs: list[RunSettings] = []

@@ -86,12 +86,13 @@ def _graphs(session: Session, opened: Opened) -> dict[str, Any]:
     ideal = 2.0 * max(compute, comm)
     plans = {name: t for name, t in times.items() if name not in ("compute", "comm", "serial")}
     best = min(plans, key=lambda name: plans[name]) if plans else ""
+    chosen = WHOLE if opened.profile.whole_segments else "policy"
     return {
         "compute_ms": compute, "compute_ms_by_rank": by_rank, "comm_ms": comm, "serial_ms": serial, "ideal_ms": ideal,
-        "plans_ms": plans, "best": best, "policy_efficiency": ideal / plans["policy"] if "policy" in plans else None,
-        "policy_gain": serial / plans["policy"] if "policy" in plans else None,
+        "plans_ms": plans, "best": best, "policy_efficiency": ideal / plans[chosen] if chosen in plans else None,
+        "policy_gain": serial / plans[chosen] if chosen in plans else None, "chosen": chosen,
         "best_efficiency": ideal / plans[best] if best else None, "best_gain": serial / plans[best] if best else None,
-        "ideal_gain": serial / ideal, "notes": notes, "difference": _difference(opened, variants),
+        "ideal_gain": serial / ideal, "notes": notes, "difference": _difference(opened, variants, chosen),
         "beliefs": {key: opened.table.get(key) for key in BELIEFS} if opened.table else None,
     }  # fmt: skip
 
@@ -143,13 +144,13 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
     return replay_us(graph, count)
 
 
-def _difference(opened: Opened, variants: dict[str, Any]) -> float | None:
+def _difference(opened: Opened, variants: dict[str, Any], chosen: str) -> float | None:
     """Largest difference of the two batches' logits between the policy's graph and the serial one, relative."""
-    if "policy" not in variants or not opened.run.model.vocab_size:
+    if chosen not in variants or not opened.run.model.vocab_size:
         return None
     shape, slots = opened.shapes[-1], opened.device.parts.slots
     found = []
-    for name in ("serial", "policy"):
+    for name in ("serial", chosen):
         for number in (0, 1):
             slots[number].poison()
             _load(opened, number)

@@ -26,9 +26,10 @@ def forward(rows: list[dict[str, Any]]) -> None:
         if "serial_ms" not in row:
             continue
         name = f"{row['mode']}, {row['model']} × {row['num_layers']}, {row['rows']}"
-        times = [row["compute_ms"], row["comm_ms"], row["serial_ms"], row["plans_ms"]["policy"]]
-        print(f"| {name} | {' | '.join(f'{t:.1f}' for t in times)} | {row['policy_gain']:.2f}× "
-              f"| {row['ideal_gain']:.2f}× | {row['policy_efficiency']:.2f} |")  # fmt: skip
+        taken = row["plans_ms"][row.get("chosen", "policy")]
+        times = [row["compute_ms"], row["comm_ms"], row["serial_ms"], taken]
+        print(f"| {name} | {' | '.join(f'{t:.1f}' for t in times)} | {row['serial_ms'] / taken:.2f}× "
+              f"| {row['ideal_gain']:.2f}× | {row['ideal_ms'] / taken:.2f} |")  # fmt: skip
 
 
 def serving(rows: list[dict[str, Any]]) -> None:

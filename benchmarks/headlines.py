@@ -35,6 +35,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no decomposition": {"decomposition": "off", "chunks": False},
     "decomposition by rows only": {"decomposition": "rows"},
     "decomposition by output features only": {"decomposition": "cols"},
+    "fills of whole segments": {"whole_segments": "on"},
     "collectives not cut": {"chunks": False},
     "no lookahead (next in line only)": {"lookahead": False},
     "no SM partition": {"partition": 0},

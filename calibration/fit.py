@@ -182,7 +182,7 @@ def _fit_device(
         choices["gemm_tiles"] = f"GEMM tiles: {gemms.library}"
         sees = "for the SMs that a partition leaves" if device.gemm_sees_partition else "for the whole device"
         choices["gemm_sees_partition"] = f"GEMM tiles are chosen {sees} ({gemms.partition})"
-        if device.partition_step:
+        if device.partition_step != base.device.partition_step:
             choices["partition_step"] = f"partitions come in steps of {device.partition_step} SMs"
     for what, fitted in (("elementwise", fit_elementwise), ("attention", fit_attention)):
         if len(rows := seen.get(what, [])) >= FEWEST_ROWS:

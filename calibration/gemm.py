@@ -115,7 +115,8 @@ def _partitioned(
     sms = base.num_sms
     most = {0, base.gemm_wave_ctas, *range(sms - sms // 4 // STEP * STEP, sms, STEP), sms // STEP * STEP}
     found: list[tuple[float, int, DeviceSpec]] = []
-    for step, ctas in product(sorted({*STEPS, base.partition_step}), sorted(most)):
+    steps = (base.partition_step,) if base.partition_step else STEPS  # GEMMs made for their SMs do not tell
+    for step, ctas in product(steps, sorted(most)):
         spec = msgspec.structs.replace(base, gemm_sees_partition=sees, partition_step=step, gemm_wave_ctas=ctas)
         changes = (step != base.partition_step) + (ctas != base.gemm_wave_ctas)
         found.append(

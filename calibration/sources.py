@@ -62,7 +62,8 @@ def _device_source(fit: Fit, base: NodeSpec, told: str, field: str) -> str:
     if field in ("gemm_sees_partition", "partition_step", "gemm_wave_ctas", "gemm_persistent", "gpcs"):
         choice = fit.choices.get(field, "")
         determined = choice and "no rows" not in choice
-        return f"{told}, {choice}" if determined else _kept(base, key, "no rows with withheld SMs")
+        why = "" if field == "partition_step" and base.device.partition_step else "no rows with withheld SMs"
+        return f"{told}, {choice}" if determined else _kept(base, key, why)
     if field == "operations":
         parts = {name: e for name, e in estimates.items() if name.endswith((" start_us", " traffic", " overlap order"))}
         if not any(e.is_determined for e in parts.values()):

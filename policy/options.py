@@ -21,9 +21,9 @@ class Options:
     one scalar; or not. decomposition, max_parts: along which axis and into how many pieces kernels may be cut at run
     time.
     chunks: cut long collectives too. whole_segments: fills may go on to the end of their segment where that is believed
-    faster; auto: unless a rehearsal on the hardware saw it lose. lookahead: consider every flight as a fill, not only
-    the next in line. partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1
-    to choose by regime.
+    faster; auto: if a rehearsal on the hardware saw it pay. lookahead: consider every flight as a fill, not only the
+    next in line. partition: SMs withheld from compute, -1 to choose by regime. comm_ctas: CTAs of collectives, -1 to
+    choose by regime.
     adaptive: fall back to plain tensor parallelism where overlap does not pay. protect: a batch that would miss its
     deadline only if it were delayed is not delayed. sync: who orders lanes (Liger section 3.4). run_ahead: rounds that
     the host may be ahead. capture: replay runs of kernels as graphs. priority: streams have priorities. slo_us:

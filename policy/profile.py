@@ -41,8 +41,7 @@ class Profile:
     `crossing_us`: how much later the device starts a launch that waits for one on another lane than one behind its own.
     `host_margin`: how much longer than these prices add up to a round should last, so that a host that stumbles is
     seldom late. `overlap_price`: how much longer than believed overlapping takes, beside one batch at a time; as seen
-    where both were tried. `whole_segments`: fills that go on to the end of their segment were not seen to
-    lose.
+    where both were tried. `whole_segments`: fills that go on to the end of their segment were seen to pay.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Profile:
     crossing_us: float = 0.0
     host_margin: float = HOST_MARGIN
     overlap_price: float = 1.0
-    whole_segments: bool = True
+    whole_segments: bool = False
     # What policies have worked out from this profile; it goes when the profile goes.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -100,7 +100,7 @@ class Table:
 def profile_from(data: Mapping[str, Any]) -> Profile:
     """A profile from its table: name, gemms, others, comms, pairs, partitions, ctas; launch_us, round_us and
     crossing_us, 0 where they were not measured; host_margin, where it is known; overlap_price, 1 where nobody tried;
-    whole_segments, true where nobody tried.
+    whole_segments, false where nobody tried.
 
     gemms: {name, withheld, rows, cols, us[cols][rows]}; others: {name, withheld, bytes, us}; comms: {kind, ctas, bytes,
     us}; pairs: {kind, withheld, ctas, rows, compute, comm}, of GEMMs of several sizes with {cols, inner}. Microseconds
@@ -128,7 +128,7 @@ def _number(data: Mapping[str, Any], name: str, otherwise: float, *, is_factor: 
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
-    value = data.get(name, True)
+    value = data.get(name, False)
     if not isinstance(value, bool):
         raise ValueError(f"a profile table's {name} is {value!r}; it must be true or false")
     return value

@@ -21,6 +21,8 @@ from models.transformer import Layout
 from policy.options import Options, WholeSegments
 from policy.profile_table import profile_from
 from policy.regime import RegimeOf
+from sim.cost import partition_sms
+from sim.spec import load_node, node_names
 from tests.executor.worlds import beliefs, run_of
 
 
@@ -85,6 +87,14 @@ def test_without_the_knob_streams_still_serve(library: Library, monkeypatch: pyt
 ])  # fmt: skip
 def test_a_partition_has_whole_groups_of_sms(asked: int, capability: tuple[int, int], given: int) -> None:
     assert given_sms(asked, capability) == given
+
+
+@pytest.mark.parametrize("name", [name for name in node_names() if name.startswith("h200")])
+def test_the_nodes_of_a_gpu_leave_as_many_sms_as_it_does(name: str) -> None:
+    """A model of 124 SMs where there are 128 gave GEMMs of 128 CTAs a second wave, in which collectives cost nothing."""
+    device = load_node(name).device
+    for withheld in (8, 16, 24, 32):
+        assert partition_sms(device, withheld) == given_sms(device.num_sms - withheld, (9, 0))
 
 
 CHOICES = st.dictionaries(st.tuples(st.sampled_from([0, 8, 16, 32]), st.sampled_from([0, 8, 16])), st.floats(1.0, 1e6),

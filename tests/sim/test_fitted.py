@@ -28,7 +28,7 @@ FITTED: dict[str, Any] = {
     "gemm_balance": 0.8, "gemm_overlap_order": 3.5, "split_us": 1.2, "gemm_sees_partition": True,
     "attention_start_us": 6.0, "elementwise_start_us": 3.0, "attention_cta_us": 0.4, "attention_overlap_order": 2.0,
     "operations": (OperationSpec(name="attn_norm", start_us=5.0, traffic=1.5),),
-    "memory_gb": 96.0, "partition_step": 8, "gemm_wave_ctas": 128, "gemm_persistent": True, "piece_us": 4.0,
+    "memory_gb": 96.0, "partition_step": 4, "gemm_wave_ctas": 128, "gemm_persistent": True, "piece_us": 4.0,
     "switch_us": 0.5, "gpcs": (18, 18, 16, 16, 16, 16, 16, 16), "rested_boost": 0.15,
 }  # fmt: skip
 
@@ -151,7 +151,7 @@ def test_skipping_what_repeats_changes_nothing_on_fitted_nodes(policy: str, tmp_
 @pytest.mark.parametrize(("withheld", "sms"), [(0, 132), (1, 132), (8, 128), (16, 120), (24, 112), (32, 104), (131, 8)])
 def test_partitions_come_in_steps(withheld: int, sms: int) -> None:
     assert partition_sms(node(partition_step=8).device, withheld) == sms
-    assert partition_sms(node().device, withheld) == 132 - withheld
+    assert partition_sms(node(partition_step=0).device, withheld) == 132 - withheld
 
 
 def test_a_filled_wave_of_fewer_ctas_survives_a_small_partition() -> None:
