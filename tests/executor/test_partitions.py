@@ -91,7 +91,7 @@ def test_a_partition_has_whole_groups_of_sms(asked: int, capability: tuple[int, 
 
 @pytest.mark.parametrize("name", [name for name in node_names() if name.startswith("h200")])
 def test_the_nodes_of_a_gpu_leave_as_many_sms_as_it_does(name: str) -> None:
-    """A model of 124 SMs where there are 128 gave GEMMs of 128 CTAs a second wave, in which collectives cost nothing."""
+    """Where 124 SMs stood for 128, GEMMs of 128 CTAs had a second wave, in which collectives cost nothing."""
     device = load_node(name).device
     for withheld in (8, 16, 24, 32):
         assert partition_sms(device, withheld) == given_sms(device.num_sms - withheld, (9, 0))
