@@ -20,7 +20,7 @@ from models.kernel import Fragment, Kernel, Kind, SplitAxis, collective, element
 from models.transformer import BatchShape, layer_kernels
 from policy.batch import TICK_US
 from policy.round import Lane, Launch
-from sim.cost import PARTIAL_BYTES, Costs, alone_us, cta_shape, memory_bandwidth
+from sim.cost import PARTIAL_BYTES, Costs, alone_us, cta_shape, memory_bandwidth, partition_sms
 from sim.device import Device
 from sim.spec import DeviceSpec, Table, load_node
 
@@ -128,7 +128,7 @@ def test_solo_times_of_real_kernels_keep_their_bounds(node: str) -> None:
         for kernel in (k for k in kernels if not k.is_communication):
             shape = cta_shape(kernel, spec)
             for withheld in (0, 8, 20, spec.num_sms - 1):
-                slots = spec.num_sms - withheld
+                slots = partition_sms(spec, withheld)
                 time = costs.solo_us(kernel, withheld)
                 stream = shape.num_ctas * shape.cta_bytes / memory_bandwidth(spec)
                 waves = ceil(shape.num_ctas / slots) * shape.cta_us
