@@ -110,8 +110,9 @@ def fit_gemms(rows: Sequence[Measurement], base: DeviceSpec, rng: np.random.Gene
 def _partitioned(
     rows: Sequence[Measurement], base: DeviceSpec, library: _Library, values: dict[str, float], sees: bool
 ) -> DeviceSpec:
-    """What a partition does, chosen among whole numbers: in which steps it comes, and with how many CTAs the library
-    fills a wave, which is what decides on which partitions it needs one wave more. `sees`: it sees partitions."""
+    """What a partition does, chosen among whole numbers: in which steps it comes, where the base does not know, and
+    with how many CTAs the library fills a wave, which is what decides on which partitions it needs one wave more.
+    `sees`: it sees partitions."""
     sms = base.num_sms
     most = {0, base.gemm_wave_ctas, *range(sms - sms // 4 // STEP * STEP, sms, STEP), sms // STEP * STEP}
     found: list[tuple[float, int, DeviceSpec]] = []

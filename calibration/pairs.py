@@ -175,13 +175,13 @@ def _best(
     costs = [first.cost] if first else []
     for way in ways[len(costs) :]:
         problem = _problem(rows, way, _parameters(rows, way))
-        tried = [cost_of(problem, solution.values) for solution, _ in found]
-        known = [solution.cost for solution, _ in found]
-        same = [cost for cost, other in zip(tried, known, strict=True) if cost == other]
-        if same:
+        # What each way that was fitted costs, and what this one does at the same values.
+        beside = [(solution.cost, cost_of(problem, solution.values)) for solution, _ in found]
+        lowest, at_best = min(beside, default=(0.0, 0.0))
+        if same := [cost for cost, tried in beside if tried == cost]:
             costs.append(same[0])
-        elif found and (cost := tried[known.index(min(known))]) > FAR_BEHIND * min(known) + FAR_COST:
-            costs.append(cost)
+        elif at_best > FAR_BEHIND * lowest + FAR_COST:
+            costs.append(at_best)
         else:
             found.append((solve(problem), way))
             costs.append(found[-1][0].cost)

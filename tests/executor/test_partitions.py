@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import HashStore
 
 from executor import cuda
 from executor.cuda import enter, on
@@ -132,16 +133,6 @@ class Timed(Rehearsal):
         return {choice: us for (choice, whole), us in self.truth.items() if whole}
 
 
-class OneRank(Mail):
-    """Nobody to tell."""
-
-    def __init__(self) -> None:
-        pass
-
-    def share(self, key: str, value: Any, kind: Any) -> Any:
-        return value
-
-
 SERIAL_US = 100.0
 TRUTH = st.fixed_dictionaries(
     {((withheld, 0), whole): st.floats(1.0, 1e3) for withheld in (0, 8, 16) for whole in (True, False)}
@@ -153,7 +144,7 @@ def test_of_what_was_rehearsed_the_fastest_is_left(truth: Times, asked: WholeSeg
     run = run_of("interleaved", Layout(2, 1), options=Options(whole_segments=asked))
     rehearsal = Timed(run, cast(Device, None), profile_from(beliefs()), ())
     rehearsal.truth = truth
-    left = rehearsed(rehearsal, OneRank())
+    left = rehearsed(rehearsal, Mail(HashStore(), 0, 1, 1.0))
     (withheld,), (ctas,), whole = left["partitions"], left["ctas"], left["whole_segments"]
     found_us = truth[(withheld, ctas), whole]
     # Keeping to windows is tried beside the best choice only, and nothing is that the options rule out.
