@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
-CELL_TIMEOUT_S = 300
+CELL_TIMEOUT_S = 1800
 
 
 def read(source: Path) -> Any:
