@@ -124,7 +124,7 @@ def _with_operations(
     for label, at in measured.items():
         start, traffic = estimates[f"{label} start_us"], estimates[f"{label} traffic"]
         inverse = estimates.get(f"{label} {OVERLAP}")
-        if start.is_determined or traffic.is_determined:
+        if any(estimate.is_determined for estimate in (start, traffic, inverse) if estimate is not None):
             operations[label] = OperationSpec(
                 name=str(at["name"]),
                 variant=str(at.get("variant", "")),
