@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice, product
+from itertools import cycle, islice, pairwise, product
 from operator import itemgetter
 from statistics import median
 from typing import Any
@@ -137,13 +137,23 @@ def rehearsed(rehearsal: Rehearsal, mail: Mail) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def regimes_of(run: RunSettings, profile: Profile, shapes: Sequence[BatchShape]) -> list[Regime] | None:
-    """The regimes of every pair of shapes, chosen now: in the run that would hold up every rank at each new pair. None
-    if there are too many pairs to foresee."""
+def regimes_of(
+    run: RunSettings, profile: Profile, shapes: Sequence[BatchShape], *, all_pairs: bool
+) -> list[Regime] | None:
+    """The regimes of every pair of shapes, or of those that meet where batches are full, chosen now: in the run that
+    would hold up every rank at each new pair. None if there are too many pairs to foresee."""
     if not _foresees(run, shapes):
         return None
-    vectors = [function_vector(run.model, shape, run.layout, 0) for shape in shapes]
-    return [choose_regime(pair, run.options, profile) for pair in product(vectors, vectors)]
+    pairs = list(product(shapes, shapes)) if all_pairs else neighbours(run)
+    vectors = {shape: function_vector(run.model, shape, run.layout, 0) for pair in pairs for shape in pair}
+    return [choose_regime((vectors[one], vectors[two]), run.options, profile) for one, two in pairs]
+
+
+def neighbours(run: RunSettings) -> list[tuple[BatchShape, BatchShape]]:
+    """Every pair of a run's full batches that follow one another, in either order and once."""
+    full = _full_batches(run)
+    ways = [pair for one, two in pairwise(full) for pair in ((one, two), (two, one))]
+    return list(dict.fromkeys(ways))
 
 
 def _foresees(run: RunSettings, shapes: Sequence[BatchShape]) -> bool:
@@ -175,8 +185,11 @@ def forced(options: Options, withheld_sms: int, ctas: int) -> Options:
 
 def first_batches(run: RunSettings) -> list[BatchShape]:
     """The shapes of a run's first full batches, over and over if it has few; the deeper the model, the fewer."""
-    size = min(run.options.batch_size, len(run.requests))
-    full = [shape_of(run.requests[at : at + size], run.options) for at in range(0, len(run.requests) - size + 1, size)]
     depth = run.options.depth
     turns = min(MOST_TURNS, max(LEAST_TURNS, LAYERS // (depth * run.model.num_layers)))
-    return list(islice(cycle(full), turns * depth))
+    return list(islice(cycle(_full_batches(run)), turns * depth))
+
+
+def _full_batches(run: RunSettings) -> list[BatchShape]:
+    size = min(run.options.batch_size, len(run.requests))
+    return [shape_of(run.requests[at : at + size], run.options) for at in range(0, len(run.requests) - size + 1, size)]

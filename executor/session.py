@@ -124,7 +124,8 @@ class Session:
         run, device, shapes = opened.run, opened.device, shapes_ahead(opened.run.requests, opened.run.options)
         captures = device.parts.graphs is not None
         foreseen = shapes if len(shapes) <= MAX_SHAPES_FORESEEN else opened.shapes
-        regimes = regimes_of(run, opened.profile, foreseen)
+        # Of pairs that nothing is captured for, those that will meet: all would take a CPU longer than a short run.
+        regimes = regimes_of(run, opened.profile, foreseen, all_pairs=captures)
         if regimes is not None and captures:
             used = [regime for regime in regimes if regime.overlap]
             capture_ranges(device, shapes, sorted({r.withheld_sms for r in used}), sorted({r.max_ctas for r in used}))
