@@ -31,6 +31,7 @@ from executor.plan_cache import PlanCache
 from executor.recorder import Recorder
 from executor.rehearsal import MAX_SHAPES_FORESEEN, corrected, regimes_of
 from executor.results import write_output
+from executor.room import check_room
 from executor.settings import RunSettings, Settings
 from executor.slots import Slot
 from executor.status import Status
@@ -204,6 +205,9 @@ class Session:
 
     def _load(self, run: RunSettings, largest: BatchShape) -> Prepared:
         rank, device, dtype = self.place.rank, self.place.device, DTYPES[run.dtype]
+        if device.type == "cpu":
+            check_room(run.model, run.layout, dtype)
+            self.mail.together("room")  # what another rank has taken already would count twice
         if run.checkpoint:
             weights = load_checkpoint(Path(run.checkpoint), run.model, run.layout, rank, device, dtype)
         else:
