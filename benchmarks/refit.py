@@ -17,8 +17,9 @@ from calibration.node_file import write_node
 from calibration.plots import write_plots
 from calibration.report import lines_of
 from sim.spec import NodeSpec, load_node
+from traces.coordinates import KERNELS
 from traces.files import write_whole
-from traces.measurement import KERNELS, LAUNCH, ROWS, Measurement, file_hash, read_measurements
+from traces.measurement import LAUNCH, ROWS, Measurement, file_hash, read_measurements
 from weft.calibrate_command import on_machine, read_folders
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,8 @@ from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
 from sim.spec import FitSpec, LinkSpec, NodeSpec
-from traces.measurement import CHANNELS, KERNELS, LAUNCH, SEQUENCE, Measurement, is_kept_out
+from traces.coordinates import KERNELS
+from traces.measurement import CHANNELS, LAUNCH, SEQUENCE, Measurement, is_kept_out
 
 DELAY = "pair: delay"
 PARTITIONED = "gemm: partition"

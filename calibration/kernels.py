@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from models.config import MODELS, ModelConfig
 from models.kernel import FunctionVector, Kernel, Kind, collective, elementwise, gemm
 from models.transformer import BatchShape, Layout, function_vector, layer_kernels
-from traces.measurement import KERNELS
+from traces.coordinates import KERNELS
 
 if TYPE_CHECKING:
     from traces.measurement import Coordinates, Measurement

@@ -33,7 +33,8 @@ from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
 from executor.survey_pairs import Pairs
 from executor.survey_points import COMPUTE_ALONE, CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
-from traces.measurement import KERNELS, SEEN, SEQUENCE, Conditions, Measurement, MeasurementLog
+from traces.coordinates import KERNELS
+from traces.measurement import SEEN, SEQUENCE, Conditions, Measurement, MeasurementLog
 
 MOST_WORDS = 300
 Times = list[Sample | None]

@@ -14,6 +14,7 @@ from typing import Any
 from models.config import ModelConfig
 from models.kernel import Kernel, Kind
 from models.transformer import ELEMENT_BYTES, BatchShape, Layout, function_vector
+from traces.coordinates import HOST_NAMES
 from traces.measurement import Coordinates, point_key
 
 # Kernels that have a row per sequence instead of one per token; their sequences are as short as this.
@@ -23,9 +24,6 @@ SHORT = 16
 SEQUENCE = 64
 SERIAL, POLICY, PLAIN = "serial", "policy", "no decomposition"
 COMPUTE_ALONE, COMM_ALONE = "compute alone", "comm alone"
-HOST_NAMES = ("launch", "collective_launch", "event", "graph_launch", "graph_kernel", "synchronize",
-              "synchronize_spinning", "broadcast", "plan", "issue", "issue_collective", "issue_graph",
-              "issue_kernel", "event_gap")  # fmt: skip
 KIB, MIB = 2**10, 2**20
 
 

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from traces.coordinates import mistake_in
 from traces.files import write_whole
 
 CONDITIONS, ROWS, MANIFEST = "conditions.json", "measurements.jsonl", "manifest.json"
 Coordinates = dict[str, int | float | str]
 
-# Rows of single compute kernels, of all of a forward pass's in a row, and of how GEMMs and collectives are launched,
-# which a profiler saw.
-KERNELS, SEQUENCE, LAUNCH, CHANNELS = ("gemm", "attention", "elementwise"), "sequence", "launch", "channels"
+# Rows of all compute kernels of a forward pass, and of how GEMMs and collectives are launched, which a profiler saw.
+SEQUENCE, LAUNCH, CHANNELS = "sequence", "launch", "channels"
 SEEN = (LAUNCH, CHANNELS)
 # Kinds of rows and the coordinates that each needs; it may have more.
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -127,9 +127,9 @@ def read_measurements(folder: Path) -> tuple[Conditions, list[Measurement]]:
     manifest = _manifest(folder)
     if manifest is not None:
         _check_hashes(folder, manifest)
-    latest: dict[str, Measurement] = {}
+    latest, digest = dict[str, Measurement](), conditions.digest
     for number, row in _rows(path, may_be_torn=manifest is None):
-        measurement = _measurement(row, f"{path}:{number}", conditions.digest)
+        measurement = _measurement(row, f"{path}:{number}", digest, conditions.num_sms)
         latest[measurement.key] = measurement
     return replace(conditions, finished=manifest is not None), list(latest.values())
 
@@ -261,19 +261,18 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
     return found
 
 
-def _measurement(row: dict[str, Any], where: str, digest: str) -> Measurement:
+def _measurement(row: dict[str, Any], where: str, digest: str, num_sms: int) -> Measurement:
     if row.get("conditions") != digest:
         raise ValueError(
             f"{where}: the row was measured under other conditions ({row.get('conditions')!r}; this folder's are "
             f"{digest!r}); keep one folder per machine and link mode"
         )
     what, at = row.get("what"), row.get("at")
-    if what not in NEEDED:
+    if not isinstance(what, str) or what not in NEEDED:
         raise ValueError(f"{where}: what is {what!r}; it must be one of {', '.join(NEEDED)}")
     if not isinstance(at, dict) or not all(_is_number(v) or isinstance(v, str) for v in at.values()):
         raise ValueError(f"{where}: at is {at!r}; it must be an object of numbers and texts")
-    if missing := [name for name in NEEDED[what] if name not in at]:
-        raise ValueError(f"{where}: a row of {what} needs {missing[0]!r} in at")
+    _check_coordinates(what, at, where, num_sms)
     values, spread, repetitions = row.get("values"), row.get("spread"), row.get("repetitions")
     for name, part in (("values", values), ("spread", spread)):
         if not isinstance(part, dict) or not part or not all(_is_number(value) for value in part.values()):
@@ -294,8 +293,19 @@ def _measurement(row: dict[str, Any], where: str, digest: str) -> Measurement:
     )
 
 
+def _check_coordinates(what: str, at: Coordinates, where: str, num_sms: int) -> None:
+    """All that a row needs is there and can be; a pair needs what its compute kernel has, whose name is `compute`."""
+    if missing := [name for name in NEEDED[what] if name not in at]:
+        raise ValueError(f"{where}: a row of {what} needs {missing[0]!r} in at")
+    if wrong := mistake_in(what, at, num_sms):
+        raise ValueError(f"{where}: {wrong}")
+    kernel = NEEDED[str(at["kind"])] if what == "pair" else ()
+    if missing := [name for name in kernel if name not in at and name != "name"]:
+        raise ValueError(f"{where}: a pair of kind {at['kind']} needs {missing[0]!r} in at")
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _cut_torn_line(path: Path) -> None:

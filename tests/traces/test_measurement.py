@@ -24,6 +24,9 @@ HERE = Conditions(
     weft="0.1.0", date="2026-11-21T12:00:00+00:00", environment={"NCCL_NVLS_ENABLE": "0"},
 )  # fmt: skip
 
+DATA = Path(__file__).resolve().parents[2] / "benchmarks" / "data"
+PUBLISHED = sorted(path.parent.relative_to(DATA) for path in DATA.rglob("measurements.jsonl"))
+
 
 def gemm(rows: int, us: float = 50.0) -> Measurement:
     at: dict[str, int | float | str] = {"name": "fc1", "rows": rows, "cols": 7168, "inner": 7168, "withheld_sms": 0}
@@ -158,6 +161,102 @@ def test_broken_rows_are_named_by_file_and_line(tmp_path: Path, change: dict[str
     rewrite(tmp_path, [rows[0], rows[1] | change])
     with pytest.raises(ValueError, match=f"measurements.jsonl:2: .*{message}"):
         read_measurements(tmp_path)
+
+
+COMPUTES = {"compute": "fc1", "kind": "gemm", "rows": 32, "cols": 64, "inner": 64}
+COMM = {"op": "all_reduce", "bytes": 4096, "num_ranks": 2, "ctas": 0}
+POINTS: dict[str, dict[str, Any]] = {
+    "gemm": {"name": "fc1", "rows": 16, "cols": 64, "inner": 64, "withheld_sms": 0, "element_bytes": 2, "cut": 1},
+    "attention": {"name": "attention", "num_sequences": 2, "length": 16, "num_heads": 4, "head_dim": 64, "flops": 1e6,
+                  "bytes_moved": 4096.0, "num_ctas": 8, "context_len": 0},
+    "elementwise": {"name": "norm", "rows": 16, "bytes_moved": 4096, "num_ctas": 1, "variant": "layer norm"},
+    "sequence": {"model": "tiny-opt", "num_layers": 2, "rows": 32, "length": 16, "num_ranks": 1},
+    "two_batches": {"model": "tiny-opt", "num_layers": 2, "rows": 32, "length": 16, "schedule": "serial"},
+    "collective": COMM,
+    "channels": COMM,
+    "pair": COMPUTES | COMM | {"withheld_sms": 16, "priority": 1},
+    "host": {"name": "issue_graph"},
+}  # fmt: skip
+
+
+def point(what: str, **change: int | float | str) -> Measurement:
+    """A row that is right in all but what is changed."""
+    at: dict[str, Any] = {**POINTS[what], **change}
+    values = {"pair": {"comm_slowdown": 1.5}, "channels": {"ctas": 16.0}}.get(what, {"us": 50.0})
+    return Measurement(what, at, values, dict.fromkeys(values, 0.1), 9)
+
+
+def test_rows_of_every_kind_are_read(tmp_path: Path) -> None:
+    rows = [point(what) for what in POINTS]
+    beside: dict[str, Any] = COMM | {"withheld_sms": 0, "priority": 0}
+    for what in ("attention", "elementwise"):
+        rows.append(Measurement("pair", {"compute": what, "kind": what, **POINTS[what], **beside},
+                                {"comm_slowdown": 1.5}, {"comm_slowdown": 0.1}, 9))  # fmt: skip
+    write_measurements(tmp_path, HERE, rows)
+    assert read_measurements(tmp_path)[1] == rows
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "message"),
+    [
+        ("gemm", {"rows": -5}, "rows is -5; it must be a whole number, 1 or more"),
+        ("gemm", {"rows": 10**400}, "at is .*; it must be an object of numbers and texts"),
+        ("gemm", {"cols": 1.5}, "cols is 1.5; it must be a whole number, 1 or more"),
+        ("gemm", {"cols": "many"}, "cols is 'many'; it must be a whole number, 1 or more"),
+        ("gemm", {"inner": 0}, "inner is 0; it must be a whole number, 1 or more"),
+        ("gemm", {"name": 5}, "name is 5; it must be a text"),
+        ("gemm", {"cut": 0}, "cut is 0; it must be a whole number, 1 or more"),
+        ("gemm", {"element_bytes": 0}, "element_bytes is 0; it must be a whole number, 1 or more"),
+        ("gemm", {"withheld_sms": -8}, "withheld_sms is -8; it must be a whole number, 0 or more"),
+        ("gemm", {"withheld_sms": 132}, "withheld_sms is 132; it must be below the 132 SMs that the GPU has"),
+        ("attention", {"length": 0}, "length is 0; it must be a whole number, 1 or more"),
+        ("attention", {"num_ctas": 0}, "num_ctas is 0; it must be a whole number, 1 or more"),
+        ("attention", {"flops": 0.0}, "flops is 0.0; it must be a number above 0"),
+        ("elementwise", {"rows": 0}, "rows is 0; it must be a whole number, 1 or more"),
+        ("elementwise", {"bytes_moved": 0}, "bytes_moved is 0; it must be a whole number, 1 or more"),
+        ("sequence", {"num_layers": 0}, "num_layers is 0; it must be a whole number, 1 or more"),
+        ("two_batches", {"length": -16}, "length is -16; it must be a whole number, 1 or more"),
+        ("two_batches", {"schedule": 8}, "schedule is 8; it must be a text"),
+        ("collective", {"bytes": 0}, "bytes is 0; it must be a whole number, 1 or more"),
+        ("collective", {"bytes": -4096}, "bytes is -4096; it must be a whole number, 1 or more"),
+        ("collective", {"num_ranks": 1}, "num_ranks is 1; it must be a whole number, 2 or more"),
+        ("collective", {"ctas": -4}, "ctas is -4; it must be a whole number, 0 or more"),
+        ("collective", {"op": "all_reduced"}, "op is 'all_reduced'; it must be one of all_reduce, all_gather, send"),
+        ("channels", {"num_ranks": 1}, "num_ranks is 1; it must be a whole number, 2 or more"),
+        ("pair", {"num_ranks": 1}, "num_ranks is 1; it must be a whole number, 2 or more"),
+        ("pair", {"op": "send"}, "op is 'send'; it must be one of all_reduce, all_gather"),
+        ("pair", {"priority": "high"}, "priority is 'high'; it must be one of 0, 1"),
+        ("pair", {"kind": "foo"}, "kind is 'foo'; it must be one of gemm, attention, elementwise"),
+        ("pair", {"kind": "collective"}, "kind is 'collective'; it must be one of gemm, attention, elementwise"),
+        ("pair", {"kind": "attention"}, "a pair of kind attention needs 'num_sequences' in at"),
+        ("pair", {"kind": "elementwise"}, "a pair of kind elementwise needs 'bytes_moved' in at"),
+        ("host", {"name": "launcher"}, "name is 'launcher'; it must be one of launch, collective_launch, event"),
+    ],
+)
+def test_what_a_coordinate_cannot_be_is_named_by_file_and_line(
+    tmp_path: Path, what: str, change: dict[str, Any], message: str
+) -> None:
+    write_measurements(tmp_path, HERE, [gemm(16), point(what, **change)])
+    with pytest.raises(ValueError, match=f"measurements.jsonl:2: {message}"):
+        read_measurements(tmp_path)
+
+
+def test_a_pair_without_its_kernels_shape_is_named_by_file_and_line(tmp_path: Path) -> None:
+    row = point("pair")
+    del row.at["cols"]
+    write_measurements(tmp_path, HERE, [row])
+    with pytest.raises(ValueError, match=r"measurements.jsonl:1: a pair of kind gemm needs 'cols' in at"):
+        read_measurements(tmp_path)
+
+
+def test_sms_that_nobody_counted_bound_nothing(tmp_path: Path) -> None:
+    write_measurements(tmp_path, replace(HERE, num_sms=0), [point("gemm", withheld_sms=200)])
+    assert read_measurements(tmp_path)[1]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=str)
+def test_all_that_was_published_is_read(folder: Path) -> None:
+    assert read_measurements(DATA / folder)[1]
 
 
 def test_a_line_that_is_no_json_and_a_number_that_is_none_are_broken(tmp_path: Path) -> None:
