@@ -6,6 +6,7 @@ comes, each with the hash of the conditions) and, once finished, `manifest.json`
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -155,31 +156,43 @@ def read_conditions(folder: Path) -> Conditions:
 class MeasurementLog:
     """Appends rows to a folder, each on disk before the next; a folder of equal conditions is continued.
 
-    Raises ValueError for a folder of other conditions, or one with broken rows.
+    Raises ValueError for a folder of other conditions or of none, one with broken rows, and one to which another
+    process appends: the file of rows is locked until the log is closed, or its process is gone.
     """
 
     def __init__(self, folder: Path, conditions: Conditions) -> None:
         self.folder, self.conditions = folder, conditions
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, Measurement] = {}
-        if (folder / CONDITIONS).exists():
-            self._resume()
-        else:
-            about = {**asdict(conditions), "conditions": conditions.digest}
-            del about["finished"]
-            write_whole(folder / CONDITIONS, json.dumps(about, indent=1).encode() + b"\n")
         self._file: IO[bytes] = (folder / ROWS).open("ab")
+        try:
+            _lock(self._file, folder)
+            if (folder / CONDITIONS).exists():
+                self._resume()
+            else:
+                self._begin()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self) -> None:
+        if self._file.tell():
+            raise ValueError(
+                f"{self.folder}: it has {ROWS} but no {CONDITIONS}, so that nobody knows where its rows were measured; "
+                f"put {CONDITIONS} back, or give another folder"
+            )
+        about = {**asdict(self.conditions), "conditions": self.conditions.digest}
+        del about["finished"]
+        write_whole(self.folder / CONDITIONS, json.dumps(about, indent=1).encode() + b"\n")
 
     def _resume(self) -> None:
         there = read_conditions(self.folder)
         if why := there.difference(self.conditions):
             raise ValueError(f"{self.folder}: measured under other conditions ({why}); give another folder")
         self.conditions = there
-        path = self.folder / ROWS
-        if path.exists():
-            _, rows = read_measurements(self.folder)
-            self.rows = {row.key: row for row in rows}
-            _cut_torn_line(path)
+        _, rows = read_measurements(self.folder)
+        self.rows = {row.key: row for row in rows}
+        _cut_torn_line(self.folder / ROWS)
         (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def append(self, measurement: Measurement) -> None:
@@ -190,19 +203,23 @@ class MeasurementLog:
         self.rows[measurement.key] = measurement
 
     def finish(self, date: str, **notes: Any) -> None:
-        """Close, and write the manifest; `notes` go into it as they are."""
-        self.close()
+        """Write the manifest, and close; `notes` go into it as they are."""
+        self._store()
         files = [path for path in sorted(self.folder.glob("*.json*")) if path.name != MANIFEST]
         hashes = {path.name: file_hash(path) for path in files}
         manifest = {"finished": date, "rows": len(self.rows), "sha256": hashes, **notes}
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        self.close()
 
     def close(self) -> None:
         """Close the file; without a manifest the folder stays unfinished."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._store()
             self._file.close()
+
+    def _store(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> MeasurementLog:
         return self
@@ -219,6 +236,23 @@ def write_measurements(folder: Path, conditions: Conditions, rows: Iterable[Meas
         for row in rows:
             log.append(row)
         log.finish(conditions.date)
+
+
+def check_unwritten(folder: Path) -> None:
+    """Raises ValueError if a log appends to the folder now."""
+    if (folder / ROWS).exists():
+        with (folder / ROWS).open("ab") as file:
+            _lock(file, folder)
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    """Until the file is closed, nobody else appends to it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{folder}: another weft writes there; wait until it has ended, or give another folder"
+        ) from None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ kernels of several (default: the ranks)"
 def run(args: argparse.Namespace) -> int:
     """Measure, and say what there is now."""
     from executor.launch import WorldError, launch
+    from traces.measurement import check_unwritten
     from weft.progress import bar
 
     if not 0.0 < args.budget_s < math.inf:
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is a file; give a folder")
     kinds = kinds_of(args.kinds)
     settings = settings_of(args)
+    check_unwritten(args.out)
     before = _count(args.out)
     try:
         with (

@@ -26,12 +26,24 @@ from executor.survey_refine import candidates
 from models.config import MODELS
 from models.kernel import Kind
 from models.transformer import BatchShape, Layout, function_vector
-from traces.measurement import SEEN, Coordinates, Measurement, point_key, read_measurements
+from traces.measurement import (
+    SEEN,
+    Conditions,
+    Coordinates,
+    Measurement,
+    MeasurementLog,
+    point_key,
+    read_measurements,
+)
 from weft.cli import main, make_parser
 from weft.measure_command import settings_of, shards_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = Path(__file__).with_name("faulty_survey.py")
+CONDITIONS = Conditions(
+    gpu="none", num_gpus=2, num_sms=0, driver="", torch="2", nccl="", link_mode="host", dtype="float32", weft="",
+    date="2026-11-23",
+)  # fmt: skip
 OPT, GLM = (replace(MODELS[name], num_layers=6) for name in ("opt-30b", "glm-130b"))
 
 
@@ -95,6 +107,15 @@ def test_what_was_measured_survives_an_interrupt_and_a_kill(tmp_path: Path, sign
     assert rows and not conditions.finished
     if sign is signal.SIGINT:
         assert process.returncode == 130 and f"{len(rows)} rows are in" in told
+
+
+def test_a_folder_that_another_one_measures_into_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MeasurementLog(tmp_path, CONDITIONS):
+        assert main(["measure", "--out", str(tmp_path), "--backend", "gloo", "--models", "tiny-opt"]) == 2
+        assert capsys.readouterr().err == (
+            f"weft: error: {tmp_path}: another weft writes there; wait until it has ended, or give another folder\n"
+        )
+    assert not read_measurements(tmp_path)[1]
 
 
 @pytest.mark.parametrize("rank", ["all", "1"])

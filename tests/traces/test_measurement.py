@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from traces.measurement import (
     Conditions,
     Measurement,
     MeasurementLog,
+    check_unwritten,
     point_key,
     read_measurements,
     write_measurements,
@@ -278,6 +281,43 @@ def test_a_folder_without_conditions_or_with_foreign_ones_is_told(tmp_path: Path
     (tmp_path / "conditions.json").write_text('{"gpu": "H200"}')
     with pytest.raises(ValueError, match="'num_gpus' is missing or unknown"):
         read_measurements(tmp_path)
+
+
+def test_rows_whose_conditions_are_gone_are_nobodys(tmp_path: Path) -> None:
+    write_measurements(tmp_path, HERE, [gemm(16)])
+    (tmp_path / "conditions.json").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"it has measurements.jsonl but no conditions.json"):
+        MeasurementLog(tmp_path, HERE)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_has_one_log_at_a_time(tmp_path: Path) -> None:
+    with MeasurementLog(tmp_path, HERE) as log:
+        log.append(gemm(16))
+        for refused in (lambda: MeasurementLog(tmp_path, HERE), lambda: check_unwritten(tmp_path)):
+            with pytest.raises(ValueError, match=f"{tmp_path}: another weft writes there"):
+                refused()
+        log.append(gemm(32))
+        log.finish("2026-11-22")
+    check_unwritten(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "conditions.json", "manifest.json", "measurements.jsonl"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="link_mode"):
+        MeasurementLog(tmp_path, replace(HERE, link_mode="host-staged"))
+    with MeasurementLog(tmp_path, HERE) as log:  # neither the first nor the refused one holds it any more
+        assert len(log.rows) == 2
+
+
+def test_a_killed_log_holds_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib; from tests.traces.test_measurement import HERE, MeasurementLog, gemm\n"
+        "log = MeasurementLog(pathlib.Path(sys.argv[1]), HERE); log.append(gemm(16)); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=DATA.parents[1])
+    with MeasurementLog(tmp_path, HERE) as log:
+        assert list(log.rows.values()) == [gemm(16)]
 
 
 def test_a_point_is_known_by_its_coordinates_in_any_order() -> None:
