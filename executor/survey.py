@@ -29,7 +29,7 @@ from executor.survey_batches import measure_batches
 from executor.survey_bed import Bed
 from executor.survey_bench import Bench, CpuBench, Row, Sample
 from executor.survey_host import Host
-from executor.survey_lead import SHARES, Lead, Skipped, make_tasks
+from executor.survey_lead import SHARES, Lead, Skipped, make_tasks, why_never
 from executor.survey_pairs import Pairs
 from executor.survey_points import COMPUTE_ALONE, CPU, GPU, Grid, Point, Shapes
 from executor.survey_traffic import Traffic
@@ -104,12 +104,8 @@ class Keeper:
             if task.what in (orders.kinds or SHARES)
         ]
         lead = Lead(tasks, log.rows, models, grid, orders.budget_s, time.monotonic, with_launches=on_gpu)
-        if settings.num_ranks < 2:
-            why = "they need two ranks or more"
-            lead.skipped |= {what: Skipped(0, why) for what in ("collective", "pair", "two_batches")}
-        elif not on_gpu:
-            why = "threads of one host share its cores; they are measured on GPUs alone"
-            lead.skipped |= {"pair": Skipped(0, why)}
+        never = {what: why_never(what, settings.num_ranks, on_gpu=on_gpu) for what in SHARES}
+        lead.skipped |= {what: Skipped(0, why) for what, why in never.items() if why}
         return cls(session, log, lead)
 
     def start(self) -> Any:

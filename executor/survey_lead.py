@@ -38,6 +38,8 @@ SLICES_S = {"gemm": 3.0, "pair": 3.0, "collective": 2.0, "two_batches": 3.0, "at
 LOTS = {"gemm": 12, "attention": 12, "elementwise": 12, "sequence": 4, "collective": 6, "pair": 8}
 # Models beside whose kernels collectives are measured, and whose batches run in pairs.
 PAIRED_MODELS = 2
+# What one rank has nothing of.
+TOGETHER = ("collective", "pair", "two_batches")
 # A kind of which so many points failed, and none succeeded, is given up.
 GIVE_UP = 8
 TOP = 30
@@ -64,6 +66,15 @@ def make_tasks(models: Mapping[str, Shapes], grid: Grid, num_ranks: int, *, on_g
             tasks.append(Task("pair", model, pair_points(shapes, grid)))
             tasks.append(Task("two_batches", model, batch_points(shapes.config, num_ranks, grid)))
     return [task for task in tasks if task.points]
+
+
+def why_never(what: str, num_ranks: int, *, on_gpu: bool) -> str:
+    """Why a kind cannot be measured in such a world; empty if it can."""
+    if num_ranks < 2 and what in TOGETHER:
+        return "they need two ranks or more"
+    if what == "pair" and not on_gpu:
+        return "threads of one host share its cores; they are measured on GPUs alone"
+    return ""
 
 
 @dataclass(slots=True)

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out} is a file; give a folder")
     kinds = kinds_of(args.kinds)
     settings = settings_of(args)
+    _check_kinds(kinds, settings)
     check_unwritten(args.out)
     before = _count(args.out)
     try:
@@ -121,6 +122,16 @@ def kinds_of(names: str) -> tuple[str, ...]:
         if name not in KINDS:
             raise ValueError(f"--kinds {name} is not a kind; there are {', '.join(KINDS)}")
     return found
+
+
+def _check_kinds(kinds: tuple[str, ...], settings: Settings) -> None:
+    """Raises ValueError if none of the kinds that were asked for can be measured by these ranks."""
+    from executor.survey_lead import why_never
+
+    whys = [why_never(kind, settings.num_ranks, on_gpu=settings.backend == "nccl") for kind in kinds]
+    if whys and all(whys):
+        where = f"--ranks {settings.num_ranks} and {settings.backend}"
+        raise ValueError(f"--kinds {','.join(kinds)} is not possible with {where}: {whys[0]}")
 
 
 def models_of(names: str, num_layers: int) -> list[Any]:

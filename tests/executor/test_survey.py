@@ -142,13 +142,17 @@ def test_a_kind_that_fails_is_skipped_with_its_reason_and_the_others_are_there(t
         (["--layers", "5"], "--layers 5 is not possible: tiny-opt has 4 layers"),
         (["--ranks", "0"], "--ranks 0 is not possible"),
         (["--kinds", "pair,gem"], "--kinds gem is not a kind; there are gemm, attention"),
+        (["--ranks", "1", "--kinds", "collective"],
+         "--kinds collective is not possible with --ranks 1 and gloo: they need two ranks or more"),
+        (["--ranks", "1", "--kinds", "pair,two_batches"], "is not possible with --ranks 1 and gloo: they need two"),
+        (["--kinds", "pair"], "--kinds pair is not possible with --ranks 2 and gloo: threads of one host share"),
         (["--ranks", "3"], "cannot be divided over 3 ranks"),
         (["--link-mode", "host-staged"], "host-staged needs nccl"),
         (["--ranks", "2", "--tp", "4"], "--tp 4 is not possible with --ranks 2"),
         (["--ranks", "1", "--tp", "0"], "--tp 0 is not possible"),
         (["--ranks", "1", "--tp", "3"], "cannot be divided over 3 ranks"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_one_line(
     tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
