@@ -36,8 +36,19 @@ SUM_ERROR, SAID_ERROR, CLOCK_ERROR = 0.01, 0.08, 0.05
 
 
 def computes_of(row: Measurement) -> list[Kernel]:
-    """The compute kernels of a sequence's row; none of a model that this program does not know."""
+    """The compute kernels of a sequence's row; none where `why_unknown` has a reason."""
     return [kernel for kernel in _kernels_of(row.at) if not kernel.is_communication]
+
+
+def why_unknown(at: Coordinates) -> str:
+    """Why the kernels of a model's pass are not known; empty if they are: of models that this program knows, in half
+    precision, in which models are described."""
+    if str(at["model"]) not in MODELS:
+        return f"no model is known as {at['model']}"
+    size = int(at.get("element_bytes", ELEMENT_BYTES))
+    if size != ELEMENT_BYTES:
+        return f"{at['model']} with elements of {size} bytes; models are described with {ELEMENT_BYTES}"
+    return ""
 
 
 def fit_switch(
@@ -185,10 +196,8 @@ def _clocked_us(kernels: Iterable[Kernel], costs: Costs) -> float:
 
 
 def _kernels_of(at: Coordinates) -> tuple[Kernel, ...]:
-    """Of a model that is known, in half precision, in which models are described; otherwise none."""
-    if str(at["model"]) not in MODELS or int(at.get("element_bytes", ELEMENT_BYTES)) != ELEMENT_BYTES:
-        return ()
-    return forward_pass(MODELS[str(at["model"])], at).kernels
+    """Of a pass; none where `why_unknown` has a reason."""
+    return () if why_unknown(at) else forward_pass(MODELS[str(at["model"])], at).kernels
 
 
 def _identity(kernel: Kernel) -> Hashable:

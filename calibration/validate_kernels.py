@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from calibration.holdout import is_held_out
 from calibration.kernels import ctas_of, has_priority, kernel_of, withheld_of
 from calibration.pairs import race_row
-from calibration.sequence import sequence_us
+from calibration.sequence import sequence_us, why_unknown
 from calibration.validate_errors import Line, Point, Target, line_of, line_of_times
 from sim.cost import Costs
 from sim.spec import NodeSpec
@@ -63,10 +63,11 @@ def compare_kernels(node: NodeSpec, rows: Iterable[Measurement], told: Callable[
         told()
         measured, spread = row.values["us"], row.spread.get("us")
         if row.what == SEQUENCE:
-            if us := sequence_us(in_turn, row):
-                found.add(row.what, str(row.at["model"]), Point(LEVEL, label_of(row), measured, us, spread))
-            else:
-                found.leave_out(f"no model is known as {row.at['model']}")
+            if why := why_unknown(row.at):
+                found.leave_out(why)
+                continue
+            point = Point(LEVEL, label_of(row), measured, sequence_us(in_turn, row), spread)
+            found.add(row.what, str(row.at["model"]), point)
             continue
         kernel = kernel_of(row)
         if why := _no_table(node, row):

@@ -86,6 +86,19 @@ def test_what_the_node_cannot_say_is_left_out_and_said() -> None:
     assert "left out: 1 rows: node h200-nvlink-x4 has no all_reduce table for 5 CTAs" in found.notes
 
 
+def test_a_pass_is_left_out_for_its_model_or_for_its_elements() -> None:
+    at = {"model": "tiny-llama", "num_layers": 2, "rows": 32, "length": 16, "num_ranks": 2}
+    rows = [
+        measured("sequence", at | {"element_bytes": 4}, us=30.0),
+        measured("sequence", at | {"model": "gpt-9"}, us=30.0),
+        measured("sequence", at | {"element_bytes": 2}, us=30.0),
+    ]
+    found = check(NODE, Source("own", tuple(rows), AS_IS), all_rows=True)
+    assert line(found, "sequence").count == 1
+    assert "left out: 1 rows: tiny-llama with elements of 4 bytes; models are described with 2" in found.notes
+    assert "left out: 1 rows: no model is known as gpt-9" in found.notes
+
+
 def test_pairs_without_priorities_are_told_apart() -> None:
     rows = kernels_of(NODE)
     plain = [replace(row, at=row.at | {"priority": 0}) for row in rows if row.what == "pair"]
