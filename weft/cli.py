@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from weft import (
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         make_parser().error("no command is given")
     try:
-        code = int(args.run(args))
+        with _terminated_as_interrupted():
+            code = int(args.run(args))
         sys.stdout.flush()  # here, where a reader that has gone is still ours to notice
         return code
     except BrokenPipeError:
@@ -83,6 +87,20 @@ def make_parser() -> Parser:
     calibrate_command.add_parser(commands)
     validate_command.add_parser(commands)
     return parser
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which batch systems send, ends a command as Ctrl-C does: what it started is ended, and what is kept is
+    told. Whoever handles or ignores the signal already keeps doing so."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say(message: str) -> None:

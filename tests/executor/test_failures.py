@@ -183,7 +183,8 @@ def test_ranks_that_were_told_different_things(tmp_path: Path) -> None:
         assert process.returncode == 2
 
 
-def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_termination_end_all(tmp_path: Path, sign: signal.Signals) -> None:
     before = set(_ranks_running())
     command = [sys.executable, "-m", "weft.cli", "run", "--num-prompts", "500", "--request-rate", "10"]
     process = subprocess.Popen(
@@ -192,7 +193,7 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     )  # fmt: skip
     _wait_for(lambda: len(set(_ranks_running()) - before) >= 2)
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sign)
     _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert re.fullmatch(r"weft: (error: )?interrupted; all ranks were ended.*", errors.strip())

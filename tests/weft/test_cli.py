@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,22 @@ def test_an_interrupt_has_the_shells_exit_code(
     monkeypatch.setattr(demo_command, "run", interrupt)
     assert run_main("demo") == 130
     assert capsys.readouterr().err == "weft: interrupted\n"
+
+
+def test_a_termination_ends_as_an_interrupt_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(args: object) -> int:
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "the signal would end the tests"
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(demo_command, "run", terminate)
+    assert run_main("demo") == 130
+    assert capsys.readouterr().err == "weft: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_nodes_show_every_number_and_mark_estimates(capsys: pytest.CaptureFixture[str]) -> None:
