@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import tempfile
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
@@ -82,8 +82,12 @@ def check_writable(path: Path, *, may_make_folder: bool = False) -> None:
         raise ValueError(f"{path}: {folder} is not a folder; make it first")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a plain file, which could be replaced; give another name")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path}: the folder {folder} cannot be written to")
+    # Permissions alone do not tell of /proc, or of a disk that is read-only; this leaves nothing behind.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:
+        raise ValueError(f"{path}: the folder {folder} cannot be written to") from None
 
 
 def version_of_weft(missing: str = "(not installed)") -> str:

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from calibration.validate import Inputs
     from calibration.validate_serving import read_runs
     from sim.spec import load_node
+    from weft.outputs import check_writable
 
     if not (args.measurements or args.runs or args.live):
         raise ValueError("nothing to compare with; give --measurements, --runs or --live")
@@ -81,12 +82,14 @@ def run(args: argparse.Namespace) -> int:
     sources = tuple(source for path in args.measurements for source in read_sources(path, node))
     runs = read_runs(args.runs)
     recorded = _recorded(args.timeline, runs)
-    # Written at the end; what cannot be should be known before it takes long.
+    # Written at the end; what cannot be should be known before it takes long, and before anything is replaced.
+    live_runs = _live_runs(args) if args.live else None
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-    if args.live:
+        for name in (RESULT, LIVE_RUNS):
+            check_writable(args.out / name, may_make_folder=True)
+    if live_runs is not None:
         with _folder(args.out) as folder:
-            live, spans = _live(args, folder)
+            live, spans = _live(args, live_runs, folder)
         runs, recorded = runs + live, recorded + spans
     found = _validate(args, node, Inputs(sources, tuple(runs), args.all_rows), recorded)
     from calibration.validate_text import table
@@ -132,6 +135,7 @@ def _write(found: Validation, folder: Path) -> list[Path]:
     from calibration.validate import as_json
     from calibration.validate_plots import write_pictures
 
+    folder.mkdir(parents=True, exist_ok=True)
     result = folder / RESULT
     write_whole(result, json.dumps(as_json(found), indent=1, allow_nan=False).encode() + b"\n")
     return [result, *write_pictures(found, folder)]
@@ -150,44 +154,55 @@ def _folder(out: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _live(args: argparse.Namespace, folder: Path) -> tuple[list[Served], list[tuple[Served, list[Span]]]]:
-    """Every policy at every rate, repeated; then one run recorded for its timeline."""
-    from calibration.validate_serving import read_runs
-    from weft.executed import World, backend_and_ranks
-    from weft.progress import bar
+def _live_runs(args: argparse.Namespace) -> tuple[World, list[RunConfig]]:
+    """Where runs are made, and every policy at every rate, repeated. Raises ValueError if one is not possible."""
+    from weft.executed import World, backend_and_ranks, settings_of
+    from weft.flags import MOST_PROMPTS
     from weft.run_command import DEFAULT_MODELS
     from weft.runs import RunConfig
 
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats} is not possible; give 1 or more")
+    if not 1 <= args.num_prompts <= MOST_PROMPTS:
+        raise ValueError(f"--num-prompts {args.num_prompts} is not possible; give 1 to {MOST_PROMPTS}")
     backend, ranks = backend_and_ranks(args.backend, args.ranks)
     world, model = World(backend, ranks, num_layers=args.layers), args.model or DEFAULT_MODELS[backend]
     common: dict[str, Any] = {"num_prompts": args.num_prompts, "input_len": args.input_len, "model": model}
-    configs = [
-        RunConfig(policy=policy, request_rate=rate, **common)
-        for policy in args.policy
-        for rate in args.request_rate
-        for _ in range(args.repeats)
-    ]
+    kinds = [RunConfig(policy=p, request_rate=rate, **common) for p in args.policy for rate in args.request_rate]
+    for config in kinds:
+        settings_of(config, world, Path())
+    return world, [config for config in kinds for _ in range(args.repeats)]
+
+
+def _live(
+    args: argparse.Namespace, live_runs: tuple[World, list[RunConfig]], folder: Path
+) -> tuple[list[Served], list[tuple[Served, list[Span]]]]:
+    """The runs; then one more, recorded for its timeline. Runs of an earlier time are replaced once the first one has
+    come to its end."""
+    import msgspec
+
+    from calibration.validate_serving import read_runs
+    from weft.progress import bar
+
+    world, configs = live_runs
     path = folder / LIVE_RUNS
-    path.unlink(missing_ok=True)
     with bar(len(configs) + 1, "runs", disable=args.disable_tqdm) as progress:
-        for config in configs:
-            _execute(config, world, path)
+        for number, config in enumerate(configs):
+            _execute(config, world, path, append=number > 0)
             progress.update(1)
-        last = RunConfig(policy=args.policy[-1], request_rate=args.request_rate[0], **common)
+        last = msgspec.structs.replace(configs[-1], request_rate=args.request_rate[0])
         spans = _execute(last, world, path, record=True)
     runs = read_runs([path])
     return runs, [(runs[-1], [span for span in spans if span.rank == 0])]
 
 
-def _execute(config: RunConfig, world: World, path: Path, *, record: bool = False) -> list[Span]:
-    """One real run, its result added to the file; returns its spans."""
+def _execute(config: RunConfig, world: World, path: Path, *, append: bool = True, record: bool = False) -> list[Span]:
+    """One real run, its result added to the file (or in its place); returns its spans."""
     from weft.executed import execute
     from weft.outputs import save
     from weft.report import encode
     from weft.simulate_command import detailed
 
     finished, more = execute(config, world, record=record)
-    save(path, encode(detailed(finished.timeline) | more | finished.result), append=True)
+    save(path, encode(detailed(finished.timeline) | more | finished.result), append=append)
     return finished.timeline.spans

@@ -195,6 +195,49 @@ def test_mistakes_are_one_line(
     assert words in one_error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-prompts", "0"], "--num-prompts 0"),
+        (["--policy", "tensor", "foo"], "unknown policy 'foo'"),
+        (["--request-rate", "nan"], "request rate is nan"),
+        (["--input-len", "many"], "many"),
+        (["--model", "moon"], "'moon'"),
+        (["--ranks", "0"], "--ranks 0"),
+        (["--layers", "99"], "--layers 99"),
+    ],
+)
+def test_live_runs_that_cannot_be_made_leave_the_old_ones(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    before = tmp_path / "live-runs.jsonl"
+    before.write_text("kept\n")
+    live = ["--live", "--backend", "gloo", *arguments]
+    assert main(["validate", "--node", "h200-nvlink-x4", *live, "--out", str(tmp_path)]) == 2
+    assert words in one_error(capsys)
+    assert before.read_text() == "kept\n" and list(tmp_path.iterdir()) == [before]
+    assert main(["validate", "--node", "h200-nvlink-x4", *live, "--out", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_live_runs_that_fail_leave_the_old_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    before = tmp_path / "live-runs.jsonl"
+    before.write_text("kept\n")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("rank 1 stands still")
+
+    monkeypatch.setattr("weft.executed.execute", fail)
+    live = ["--live", "--backend", "gloo", "--num-prompts", "2", "--out", str(tmp_path)]
+    assert main(["validate", "--node", "h200-nvlink-x4", *live]) == 2
+    assert "stands still" in one_error(capsys)
+    assert before.read_text() == "kept\n"
+
+
 def test_live_runs_on_cpu_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     arguments = [
@@ -210,6 +253,7 @@ def test_live_runs_on_cpu_processes(tmp_path: Path, capsys: pytest.CaptureFixtur
         "--repeats",
         "1",
     ]
+    (tmp_path / "live-runs.jsonl").write_text("of an earlier time\n")
     assert main(["validate", "--node", "h200-nvlink-x4", *arguments, "--out", str(tmp_path)]) == 0
     assert "foreign: 2 runs were made on CPU processes" in capsys.readouterr().out
     names = sorted(path.name for path in tmp_path.iterdir())
