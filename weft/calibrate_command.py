@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from traces.measurement import Conditions, Measurement
 
 DEFAULT_BASE = "h200-nvlink-x4"
+REPORT_FILES = TEXT, DATA = "report.txt", "report.json"
 UNFINISHED = "unfinished: the survey was cut off or still runs"
 
 
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     base_help = f"node that keeps what the measurements cannot tell (default: {DEFAULT_BASE})"
     parser.add_argument("--base", default=DEFAULT_BASE, metavar="NODE", help=base_help)
     report_help = "folder for the report: text, JSON, a picture per class, and beliefs for policies"
-    parser.add_argument("--report", type=Path, metavar="DIR", help=report_help)
+    parser.add_argument("--report", type=path_of, metavar="DIR", help=report_help)
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling behind standard errors")
     parser.set_defaults(run=run)
 
@@ -45,7 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.suffix != ".toml":
         raise ValueError(f"--out {args.out}: a node file must be named *.toml")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is negative; give 0 or more")
+    # A fit may take minutes; what cannot be written should be known before.
     check_writable(args.out)
+    if args.report is not None:
+        _check_report(args.report, args.out)
     base = load_node(args.base)
     conditions, rows, about = read_folders(args.folders, args.out.stem)
     cautions = [f"{folder}: {UNFINISHED}" for folder, c in zip(args.folders, conditions, strict=True) if not c.finished]
@@ -63,6 +69,18 @@ def run(args: argparse.Namespace) -> int:
     for path in [args.out, *(_write_report(fit, rows, args.report) if args.report is not None else [])]:
         print(f"wrote {path}")
     return 0
+
+
+def _check_report(folder: Path, node_file: Path) -> None:
+    """Raises ValueError if the report cannot be written, or stands where the node file will."""
+    from weft.outputs import check_writable
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--report {folder} is a file; give the name of a folder")
+    if folder.resolve() == node_file.resolve():
+        raise ValueError(f"--report {folder} is the node file that --out names; give each a name of its own")
+    for name in REPORT_FILES:
+        check_writable(folder / name, may_make_folder=True)
 
 
 def read_folders(folders: list[Path], name: str) -> tuple[list[Conditions], list[Measurement], About]:
@@ -146,7 +164,7 @@ def _write_report(fit: Fit, rows: list[Measurement], folder: Path) -> list[Path]
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = write_plots(fit, folder)
-    texts = {"report.txt": "\n".join(lines_of(fit)) + "\n", "report.json": json.dumps(data_of(fit), indent=1) + "\n"}
+    texts = {TEXT: "\n".join(lines_of(fit)) + "\n", DATA: json.dumps(data_of(fit), indent=1) + "\n"}
     for config, tp in measured_models(rows, fit.node):
         texts[f"profile-{config.model_id}-tp{tp}.json"] = json.dumps(beliefs(fit.node, config, tp, rows)) + "\n"
     for name, text in texts.items():

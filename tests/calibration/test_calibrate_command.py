@@ -92,6 +92,33 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not out.exists()
 
 
+def test_what_cannot_be_written_is_known_before_the_fit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*_: object) -> None:
+        raise AssertionError("nothing should be fitted")
+
+    monkeypatch.setattr("calibration.fit.fit_node", fit)
+    kept, file = tmp_path / "keep.toml", tmp_path / "file"
+    kept.write_text("kept")
+    file.write_text("kept too")
+    (tmp_path / "taken" / "report.txt").mkdir(parents=True)
+    for report, words in (
+        (file, "is a file; give the name of a folder"),
+        (kept, "is a file; give the name of a folder"),
+        (file / "deep", "is not a folder"),
+        ("/proc/x", "cannot be written to"),
+        (tmp_path / "taken", "report.txt is a folder"),
+    ):
+        said = mistake(capsys, folder, "--out", kept, "--report", report)
+        assert str(report) in said and words in said
+    new = tmp_path / "new.toml"
+    assert "each a name of its own" in mistake(capsys, folder, "--out", new, "--report", new)
+    assert "/proc/x.toml" in mistake(capsys, folder, "--out", "/proc/x.toml")
+    assert "--seed -1 is negative" in mistake(capsys, folder, "--out", kept, "--seed", -1)
+    assert (kept.read_text(), file.read_text(), new.exists()) == ("kept", "kept too", False)
+
+
 def test_old_and_foreign_measurements_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = Surveyor(truth()).host(launch=9.0, event=1.5)
     path = survey(tmp_path / "old", rows, gpu="NVIDIA A100-SXM4-80GB", date="2024-01-02")
