@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from calibration.importers.folder import Imported
 
 FORMATS = ("aiconfigurator", "vidur", "kineto", "nccl-tests")
+# Those of GPUs; `weft measure` has the same two.
+LINK_MODES = ("as-is", "host-staged")
 SHOWN_REASONS = 12
 
 
@@ -31,7 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument("--gpu", default="", metavar="NAME", help="name of the GPU")
     group.add_argument("--num-gpus", type=int, default=0, metavar="N", help="GPUs of the node (default: largest group)")
     group.add_argument("--num-sms", type=int, default=0, metavar="N", help="SMs of the GPU (default: its data sheet)")
-    group.add_argument("--link-mode", default="", metavar="MODE", help="as-is or host-staged (default: not stated)")
+    mode_help = "as-is or host-staged (default: not stated)"
+    group.add_argument("--link-mode", choices=LINK_MODES, default="", metavar="MODE", help=mode_help)
     group.add_argument("--date", default="", metavar="YYYY-MM-DD", help="when it was measured (default: not stated)")
     group = parser.add_argument_group("what to take")
     source_help = "aiconfigurator: the version to take of tables that hold several"
@@ -51,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, count in (("--num-gpus", args.num_gpus), ("--num-sms", args.num_sms)):
         if count < 0:
             raise ValueError(f"{flag} {count} is not possible; give 1 or more")
-    if args.date and not re.fullmatch(r"\d{4}-\d\d-\d\d", args.date):
-        raise ValueError(f"--date {args.date!r} is not a date such as 2026-01-31")
+    if args.date:
+        _check_date(args.date)
     stated = Stated(
         gpu=args.gpu, num_gpus=args.num_gpus, num_sms=args.num_sms, link_mode=args.link_mode, licence=args.licence,
         date=args.date, weft=version_of_weft(),
@@ -62,6 +66,18 @@ def run(args: argparse.Namespace) -> int:
     write_folder(imported, args.out)
     print("\n".join(summary(imported, args.out)))
     return 0
+
+
+def _check_date(text: str) -> None:
+    """Raises ValueError for what is no day, or one that is still to come."""
+    try:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+            raise ValueError
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"--date {text!r} is not a date such as 2026-01-31") from None
+    if day > date.today():
+        raise ValueError(f"--date {text} is still to come; give the day of the measurements")
 
 
 def summary(imported: Imported, out: Path) -> list[str]:

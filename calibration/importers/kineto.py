@@ -25,7 +25,7 @@ from typing import Any
 
 from calibration.importers.found import Found, Request
 from calibration.importers.kineto_rows import Call, Gemm, Trace, Work, samples_of
-from traces.files import GZIP_MAGIC
+from traces.files import GZIP_MAGIC, shown, whole_number
 
 Event = dict[str, Any]
 
@@ -104,11 +104,25 @@ def _about(document: Event, found: Found, path: Path) -> None:
     for device in devices if isinstance(devices, list) else []:
         if isinstance(device, dict):
             found.say("gpu", str(device.get("name", "")), f"{path}:1")
-            found.say("num_sms", str(device.get("numSms", "")), f"{path}:1")
+            found.say("num_sms", _count(device, "numSms", path), f"{path}:1")
     info = document.get("distributedInfo")
     if isinstance(info, dict):
-        for name, key in (("num_gpus", "world_size"), ("nccl", "nccl_version")):
-            found.say(name, str(info.get(key, "")), f"{path}:1")
+        found.say("num_gpus", _count(info, "world_size", path), f"{path}:1")
+        found.say("nccl", str(info.get("nccl_version", "")), f"{path}:1")
+
+
+def _count(about: Event, key: str, path: Path) -> str:
+    """A count that the trace tells, as text; empty where it does not."""
+    value = about.get(key)
+    if value is None or value == "":
+        return ""
+    try:
+        count = 0 if isinstance(value, bool) else whole_number(str(value))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{path}:1: {key} is {shown(str(value))}; expected a whole number, 1 or more")
+    return str(count)
 
 
 def _is_kernel(event: object) -> bool:

@@ -77,6 +77,9 @@ def test_nobody_invents_what_the_files_do_not_say(
         (("aiconfigurator", "log.txt"), "log.txt:1: not a table of aiconfigurator"),
         (("aiconfigurator", "nccl.csv", "--gpu", "H100"), "--gpu 'H100' contradicts"),
         (("aiconfigurator", "nccl.csv", "--date", "yesterday"), "--date 'yesterday' is not a date"),
+        (("aiconfigurator", "nccl.csv", "--date", "2025-13-45"), "--date '2025-13-45' is not a date"),
+        (("aiconfigurator", "nccl.csv", "--date", "20250131"), "--date '20250131' is not a date"),
+        (("aiconfigurator", "nccl.csv", "--date", "9998-01-31"), "--date 9998-01-31 is still to come"),
         (("aiconfigurator", "nccl.csv", "--num-gpus", "-1"), "--num-gpus -1 is not possible"),
         (("vidur", "nccl.csv"), "nccl.csv:1: not a table of Vidur"),
         (("kineto", "nccl.csv"), "nccl.csv:1: not JSON"),
@@ -91,6 +94,15 @@ def test_mistakes(
     assert run(*words, "--out", "out") == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("weft: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_link_modes_are_those_that_there_are(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("aiconfigurator", write("nccl.csv", NCCL), "--out", tmp_path / "out", "--link-mode", "quatsch")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert "--link-mode" in error and "'quatsch'" in error and "host-staged" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -231,3 +231,27 @@ def test_our_own_timelines_are_traces_without_operators(tmp_path: Path) -> None:
     (path,) = write_chrome_trace(Timeline(1, spans=[span]), tmp_path / "t.json")
     found = read(path)
     assert not found.samples and sum(found.left_out.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"numSms": 48', '"numSms": "many"', r"t.json:1: numSms is 'many'; expected a whole number, 1 or more"),
+        ('"numSms": 48', '"numSms": 4.5', r"t.json:1: numSms is '4.5'"),
+        ('"world_size": 2', '"world_size": "x"', r"t.json:1: world_size is 'x'"),
+        ('"world_size": 2', '"world_size": -2', r"t.json:1: world_size is '-2'"),
+        ('"world_size": 2', '"world_size": true', r"t.json:1: world_size is 'True'"),
+    ],
+)
+def test_counts_that_are_none_are_named(write: Write, old: str, new: str, words: str) -> None:
+    path = write("t.json", trace([MM, kernel(1, 10.0, 5.0)]).replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        read(path)
+
+
+def test_counts_that_a_trace_leaves_out_are_not_known(write: Write) -> None:
+    text = (
+        trace([MM, kernel(1, 10.0, 5.0)]).replace('"numSms": 48', '"numSms": null').replace('"world_size": 2', '"w": 2')
+    )
+    found = read(write("t.json", text))
+    assert "num_sms" not in found.about and "num_gpus" not in found.about
