@@ -28,6 +28,7 @@ from calibration.sequence import BOOST, JOIN, SWITCH, fit_serial, fit_switch, se
 from calibration.solve import Estimate
 from calibration.sources import sources_of
 from sim.cost import Costs, coordinates
+from sim.fitted import machine_words, same_gpu
 from sim.spec import FitSpec, LinkSpec, NodeSpec
 from traces.coordinates import KERNELS
 from traces.measurement import CHANNELS, LAUNCH, SEQUENCE, Measurement, is_kept_out
@@ -264,4 +265,8 @@ def _round(value: object) -> object:
 
 
 def _described(base: NodeSpec, about: About) -> str:
-    return f"{base.description}; fitted to measurements of {about.gpu}, {about.date}"
+    """The base's words stand for the node where both are of the same GPU."""
+    fitted = f"fitted to measurements of {machine_words(about.gpu)}, {about.date}"
+    if same_gpu(about.gpu, base.device.name):
+        return f"{base.description}; {fitted}"
+    return f"{fitted}; what they do not tell is that of {base.name} ({base.description})"

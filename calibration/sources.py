@@ -6,6 +6,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from calibration.solve import Estimate
+from sim.fitted import machine_words
 from sim.spec import NodeSpec, Table
 from traces.measurement import SEQUENCE
 
@@ -19,7 +20,8 @@ GEMM_FIELDS = ("gemm_efficiency", "hbm_efficiency", "sm_bandwidth_gb_s", "cta_st
 def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     """A source for each number: the fit, with its error on held-out rows and the number's standard error, or the base
     node's own source where the data could not tell."""
-    told = f"fitted: {about.gpu}, {about.date}"
+    where = machine_words(about.gpu)
+    told = f"fitted: {where}, {about.date}"
     sources: dict[str, str] = {}
     for field in base.device.__struct_fields__:
         if isinstance(getattr(fit.node.device, field), str):
@@ -38,14 +40,14 @@ def sources_of(fit: Fit, base: NodeSpec, about: About) -> dict[str, str]:
     sources["link.hbm_per_byte"] = _source(hbm, base, "link.hbm_per_byte", told, _held_out(fit, "pair: compute"))
     sources["link.join_us"] = _source(fit.estimates["link"]["join_us"], base, "link.join_us", told, "")
     changed = fit.node.link.partitions != base.link.partitions
-    sources["link.partitions"] = f"measured: {about.gpu}, {about.date}" if changed else _base(base, "link.partitions")
+    sources["link.partitions"] = f"measured: {where}, {about.date}" if changed else _base(base, "link.partitions")
     for field in ("default_ctas", "independent_ctas", "ctas_anywhere"):
         key, choice = f"link.{field}", fit.choices.get(field)
         sources[key] = f"{told}, {choice}" if choice else _base(base, key)
     if fit.node.gemms:
         num = len({(table.cols, table.inner) for table in fit.node.gemms})
         new = fit.node.gemms != base.gemms
-        sources["gemms"] = f"measured: {about.gpu}, {about.date}; {num} shapes" if new else _base(base, "gemms")
+        sources["gemms"] = f"measured: {where}, {about.date}; {num} shapes" if new else _base(base, "gemms")
     for field in ("root_gb_s", "pairs"):
         sources[f"link.{field}"] = _base(base, f"link.{field}")
     return sources | _table_sources(fit, base, told)

@@ -8,6 +8,8 @@ from datetime import date
 from sim.spec import NodeSpec
 
 STALE_DAYS = 180
+# What conditions and results name where there is no GPU.
+NO_GPU = "none"
 
 
 def fit_notes(node: NodeSpec, today: date | None = None) -> tuple[str, ...]:
@@ -20,7 +22,8 @@ def fit_notes(node: NodeSpec, today: date | None = None) -> tuple[str, ...]:
     if fit.digest != node.numbers_digest:
         notes.append(f"node {node.name}: numbers were changed after they were fitted on {fit.date}")
     if not same_gpu(fit.gpu, node.device.name):
-        notes.append(f"node {node.name}: foreign measurements, of {fit.gpu}, where the node is {node.device.name}")
+        where = machine_words(fit.gpu)
+        notes.append(f"node {node.name}: foreign measurements, of {where}, where the node is {node.device.name}")
     if today is not None and (age := age_days(fit.date, today)) is not None and age > STALE_DAYS:
         notes.append(f"node {node.name}: stale measurements, {age} days old ({fit.date}); measure again")
     return tuple(notes)
@@ -39,3 +42,8 @@ def same_gpu(measured: str, device: str) -> bool:
     one, two = ({w for w in re.split(r"[^a-z0-9]+", name.lower()) if w} for name in (measured, device))
     models = [{w for w in words if re.match(r"(?!sxm)[a-z]+\d", w)} for words in (one, two)]
     return bool(models[0] & models[1]) or one == two
+
+
+def machine_words(gpu: str) -> str:
+    """What measurements and runs were made on."""
+    return "CPU processes" if gpu == NO_GPU else gpu

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from calibration.fit import fit_node
     from calibration.node_file import write_node
     from calibration.report import lines_of
-    from sim.fitted import same_gpu
+    from sim.fitted import machine_words, same_gpu
     from sim.spec import load_node
     from weft.outputs import check_writable
 
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     cautions = [f"{folder}: {UNFINISHED}" for folder, c in zip(args.folders, conditions, strict=True) if not c.finished]
     if not same_gpu(about.gpu, base.device.name):
         cautions.append(
-            f"foreign: the measurements are of {about.gpu}, the base node {base.name} is {base.device.name}; what was "
-            "not measured stays that of the base (--base)"
+            f"foreign: the measurements are of {machine_words(about.gpu)}, the base node {base.name} is "
+            f"{base.device.name}; what was not measured stays that of the base (--base)"
         )
     cautions += _stale(about)
     fit = fit_node(rows, on_machine(base, several(conditions)), about, args.seed)
@@ -123,6 +123,8 @@ def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:
     measured together: nothing is known of more."""
     import msgspec
 
+    from sim.fitted import same_gpu
+
     device, link, gpus, description = base.device, base.link, base.num_gpus, base.description
     if conditions.num_sms > 0 and conditions.num_sms != device.num_sms:
         device = msgspec.structs.replace(device, num_sms=conditions.num_sms)
@@ -130,7 +132,8 @@ def on_machine(base: NodeSpec, conditions: Conditions) -> NodeSpec:
         gpus = conditions.num_gpus
         tables = tuple(table for table in link.tables if table.ranks <= gpus)
         link = msgspec.structs.replace(link, tables=tables, pairs=tuple(p for p in link.pairs if max(p) < gpus))
-        description = description.replace(f"{base.num_gpus} x ", f"{gpus} x ")
+        if same_gpu(conditions.gpu, device.name):
+            description = description.replace(f"{base.num_gpus} x ", f"{gpus} x ")
     return msgspec.structs.replace(base, device=device, link=link, num_gpus=gpus, description=description)
 
 

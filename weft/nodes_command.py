@@ -69,11 +69,11 @@ def _fitted(node: NodeSpec) -> list[str]:
     """What a fitted node was fitted to, where the fit holds, and what is wrong with it."""
     from datetime import date
 
-    from sim.fitted import fit_notes
+    from sim.fitted import fit_notes, machine_words
 
     fit = node.fit
     assert fit is not None
-    lines = [f"fitted to measurements of {fit.gpu}, {fit.date}"]
+    lines = [f"fitted to measurements of {machine_words(fit.gpu)}, {fit.date}"]
     lines += _wrapped("  conditions: ", ", ".join(f"{key} {value}" for key, value in fit.conditions.items()))
     lines += [f"  measurements: {name}, SHA-256 {digest[:16]}" for name, digest in fit.measurements.items()]
     for name, (low, high) in fit.ranges.items():

@@ -130,6 +130,30 @@ def test_old_and_foreign_measurements_are_said(tmp_path: Path, capsys: pytest.Ca
     assert "unfinished" in said
 
 
+def test_a_base_of_another_machine_is_said_to_be_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, out = Surveyor(truth()).host(launch=9.0, event=1.5), tmp_path / "n.toml"
+    cpus = survey(tmp_path / "cpus", rows, gpu="none", num_gpus=2, num_sms=0, link_mode="host")
+    assert main(["calibrate", str(cpus), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "foreign: the measurements are of CPU processes, the base node h200-nvlink-x4 is" in said
+    assert "of none" not in said
+    load_node.cache_clear()
+    node = load_node(str(out))
+    assert node.description == (
+        "fitted to measurements of CPU processes, 2026-11-21; what they do not tell is that of h200-nvlink-x4 "
+        "(4 x H200 SXM behind NVSwitch)"
+    )
+    assert main(["nodes", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "fitted to measurements of CPU processes" in shown and "foreign measurements, of CPU processes" in shown
+    # Of the base's own GPU its words stand.
+    own = survey(tmp_path / "own", rows, num_gpus=2)
+    assert main(["calibrate", str(own), "--out", str(out)]) == 0
+    load_node.cache_clear()
+    words = "2 x H200 SXM behind NVSwitch; fitted to measurements of NVIDIA H200, 2026-11-21"
+    assert load_node(str(out)).description == words
+
+
 def test_a_node_has_no_more_gpus_than_were_measured_together() -> None:
     base = load_node("a100-pcie-x4")
     two = on_machine(base, Conditions(**(CONDITIONS | {"num_gpus": 2, "num_sms": 100})))
