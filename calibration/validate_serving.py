@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from calibration.compare import NO_GPU
 from calibration.validate_errors import NO_TARGET, Line, Point, Target, line_of
 from models.config import ModelConfig
 from models.transformer import Layout, Vectors
@@ -20,6 +20,7 @@ from policy.options import Options
 from policy.profile_table import profile_from
 from policy.scheduler import Admission, Scheduler
 from sim.believe import profile_of
+from sim.fitted import NO_GPU
 from sim.replay import replay
 from sim.simulate import Fidelity, Simulation
 from sim.spec import NodeSpec
@@ -127,8 +128,21 @@ class Serving:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Served]:
-    """The real runs of result files, one JSON object a line. Raises ValueError with file and line for anything else."""
-    return [_served(line, f"{path}:{number}") for path in paths for number, line in text_lines(path)]
+    """The real runs of result files, one JSON object a line.
+
+    Raises ValueError with file and line for anything else, and for a run that is there twice: a copy is no repeat.
+    """
+    found: list[Served] = []
+    places: dict[bytes, str] = {}
+    for path in paths:
+        for number, line in text_lines(path):
+            where = f"{path}:{number}"
+            content = hashlib.sha256(line.encode()).digest()
+            if content in places:
+                raise ValueError(f"{where}: the same run as {places[content]}; a copy is no repeat, give it once")
+            places[content] = where
+            found.append(_served(line, where))
+    return found
 
 
 def _served(line: str, where: str) -> Served:
@@ -147,7 +161,27 @@ def _served(line: str, where: str) -> Served:
         raise ValueError(f"{where}: not the result of a run ({error})") from None
     if not saved.latencies:
         raise ValueError(f"{where}: no request of the run was answered")
+    _check_numbers(saved, len(run.requests), where)
     return Served(where, _key(saved), run, saved)
+
+
+def _check_numbers(saved: _Saved, num_requests: int, where: str) -> None:
+    """Raises ValueError for what no run can have measured."""
+    if not saved.request_rate >= 0.0:
+        raise ValueError(f"{where}: request_rate is {saved.request_rate!r}; it must be 0 or more requests per second")
+    for name, _, _ in METRICS:
+        if not 0.0 < (value := getattr(saved, name)) < math.inf:
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a finite number above 0")
+    if wrong := [value for value in saved.latencies if not 0.0 <= value < math.inf]:
+        raise ValueError(f"{where}: latencies has {wrong[0]!r}; it must hold finite seconds, 0 or more")
+    if not 0 <= saved.failed <= num_requests:
+        raise ValueError(f"{where}: failed is {saved.failed}; the run has {num_requests} requests")
+    answered = num_requests - saved.failed
+    if len(saved.latencies) != answered:
+        why = f"{answered} of {num_requests} requests were answered"
+        raise ValueError(
+            f"{where}: latencies has {len(saved.latencies)} entries, but {why}; the file was cut or changed"
+        )
 
 
 def _key(saved: _Saved) -> str:

@@ -104,6 +104,44 @@ def test_broken_runs_are_one_clear_line(tmp_path: Path, content: str, words: str
         read_runs([path])
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"request_throughput": float("nan")}, "request_throughput is nan; it must be a finite number above 0"),
+        ({"request_throughput": -3.0}, "request_throughput is -3.0"),
+        ({"request_throughput": None}, "request_throughput"),
+        ({"request_throughput": ...}, "request_throughput"),
+        ({"p99_e2el_ms": float("inf")}, "p99_e2el_ms is inf"),
+        ({"mean_e2el_ms": -1.0}, "mean_e2el_ms is -1.0"),
+        ({"request_rate": float("nan")}, "request_rate is nan"),
+        ({"latencies": [1.0] * 23 + [-0.5]}, "latencies has -0.5; it must hold finite seconds"),
+        ({"latencies": [float("nan")] * 24}, "latencies has nan"),
+        ({"latencies": [1.0] * 7}, "latencies has 7 entries, but 24 of 24 requests were answered"),
+        ({"failed": 1}, "latencies has 24 entries, but 23 of 24 requests were answered"),
+        ({"failed": 25}, "failed is 25; the run has 24 requests"),
+    ],
+)
+def test_numbers_that_no_run_has_are_one_clear_line(
+    changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = served(NODE, tmp_path, repeats=2), tmp_path / "out"
+    first, second = path.read_text().splitlines()
+    raw = {key: value for key, value in (json.loads(second) | changes).items() if value is not ...}
+    path.write_text(f"{first}\n{json.dumps(raw)}\n")
+    assert main(["validate", "--node", "h200-nvlink-x4", "--runs", str(path), "--out", str(out)]) == 2
+    said = one_error(capsys)
+    assert f"{path}:2: " in said and words in said
+    assert not out.exists()
+
+
+def test_a_copy_of_a_run_is_no_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, copy = served(NODE, tmp_path, repeats=2), tmp_path / "copy.jsonl"
+    copy.write_bytes(path.read_bytes())
+    for other in (path, copy):
+        assert main(["validate", "--node", "h200-nvlink-x4", "--runs", str(path), str(other)]) == 2
+        assert f"{other}:1: the same run as {path}:1" in one_error(capsys)
+
+
 # -- timelines and pictures -----------------------------------------------------------------------------------------
 
 
