@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from calibration.kernels import with_cuts
 from policy.profile_table import profile_from
-from sim.fitted import STALE_DAYS, age_days, same_gpu
+from sim.fitted import STALE_DAYS, age_days, machine_words, same_gpu
 from sim.spec import NodeSpec
 from traces.files import text_lines
-from traces.measurement import CONDITIONS, Measurement, read_measurements
+from traces.measurement import CONDITIONS, ROWS, Measurement, file_hash, read_measurements
 
 # The parts alone: what a forward pass computes, and what it communicates, with nothing beside it.
 COMPUTE_ALONE, COMM_ALONE, SERIAL, POLICY, PLAIN = "compute alone", "comm alone", "serial", "policy", "no decomposition"
@@ -23,8 +23,6 @@ WHOLE = "policy, whole segments"
 # A coordinate of rows of two batches: the hardware's plan in words, where it was noted.
 PLAN = "plan"
 HOST_STAGED, AS_IS = "host-staged", "as-is"
-# What conditions and results name where there is no GPU.
-NO_GPU = "none"
 _PARTITION = re.compile(r"partition (\d+),? ctas (\d+|default)", re.IGNORECASE)
 # The benchmark cut its batches into sequences of this length, or of all rows where there are fewer.
 FORWARD_LENGTH = 64
@@ -33,7 +31,7 @@ FORWARD_LENGTH = 64
 @dataclass(frozen=True, slots=True)
 class Source:
     """Rows of one link mode from one place. `beliefs`: what the policy believed where it made plans, a profile table by
-    model."""
+    model. `file`, `digest`: where the rows stand, in full, and the hash of their file."""
 
     name: str
     rows: tuple[Measurement, ...]
@@ -42,9 +40,11 @@ class Source:
     measured_on: str = ""
     finished: bool = True
     beliefs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    file: Path | None = None
+    digest: str = ""
 
     def notes(self, node: NodeSpec, today: date) -> list[str]:
-        """Stale, foreign or unfinished: one line each."""
+        """Stale, foreign, unfinished, or changed since the fit: one line each."""
         found = []
         if not self.finished:
             found.append(f"{self.name}: unfinished; its {len(self.rows)} rows are used")
@@ -56,7 +56,26 @@ class Source:
         age = age_days(self.measured_on, today)
         if age is not None and age > STALE_DAYS:
             found.append(f"{self.name}: stale: measured {age} days ago ({self.measured_on})")
+        if name := self._changed(node):
+            # A name such as `survey` is soon given again, so both are possible.
+            why = f"node {node.name} was fitted to other contents under the name {name}"
+            found.append(f"{self.name}: changed since the fit, or another of that name: {why}")
         return found
+
+    def _changed(self, node: NodeSpec) -> str:
+        """The name of what a node was fitted to, if it is this one's and the contents are not; empty otherwise."""
+        fitted = node.fit.measurements if node.fit else {}
+        if not self.digest or self.digest in fitted.values():
+            return ""
+        return next((name for name in fitted if self._is_called(name)), "")
+
+    def _is_called(self, name: str) -> bool:
+        """Whether a fit could have named this so: a folder by its own name, a file by the end of its path."""
+        if self.file is None:
+            return False
+        parts = PurePath(name).parts
+        is_folder = len(parts) == 1 and self.file.name == ROWS
+        return (self.file.parent if is_folder else self.file).parts[-len(parts) :] == parts
 
 
 def read_sources(path: Path, node: NodeSpec) -> list[Source]:
@@ -69,7 +88,9 @@ def read_sources(path: Path, node: NodeSpec) -> list[Source]:
         known, rows = read_measurements(path)
         mode = known.link_mode if known.num_gpus > 1 else ""  # one GPU has no links
         rows = with_cuts(rows)
-        return [Source(str(path), tuple(rows), mode, known.gpu, known.date, known.finished, _beliefs(path))]
+        file, beliefs = path.resolve() / ROWS, _beliefs(path)
+        told = (known.gpu, known.date, known.finished)
+        return [Source(str(path), tuple(rows), mode, *told, beliefs, file, file_hash(file))]
     files = sorted(path.glob("forward*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: neither a folder of measurements (no {CONDITIONS}) nor one with forward*.jsonl")
@@ -79,7 +100,10 @@ def read_sources(path: Path, node: NodeSpec) -> list[Source]:
         if len(modes) > 1:
             modes = {mode: rows for mode, rows in modes.items() if same_link(mode, node)}
         gpu, day = _about(file)
-        found += [Source(str(file), tuple(rows), mode, gpu, day) for mode, rows in modes.items()]
+        place, digest = file.resolve(), file_hash(file)
+        found += [
+            Source(str(file), tuple(rows), mode, gpu, day, file=place, digest=digest) for mode, rows in modes.items()
+        ]
     return found
 
 
@@ -99,11 +123,6 @@ def _beliefs(folder: Path) -> dict[str, dict[str, Any]]:
 def same_machine(gpu: str, node: NodeSpec) -> bool:
     """Whether a node describes this GPU, or was fitted to it. `none`: CPU processes."""
     return (node.fit is not None and node.fit.gpu == gpu) or same_gpu(gpu, node.device.name)
-
-
-def machine_words(gpu: str) -> str:
-    """What measurements and runs were made on."""
-    return "CPU processes" if gpu == NO_GPU else gpu
 
 
 def same_link(mode: str, node: NodeSpec) -> bool:

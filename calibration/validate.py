@@ -8,14 +8,14 @@ from datetime import date
 from typing import Any
 
 from calibration import validate_kernels, validate_serving, validate_two_batches
-from calibration.compare import Source, machine_words, same_link, same_machine
+from calibration.compare import Source, same_link, same_machine
 from calibration.validate_errors import Line, Point
 from calibration.validate_kernels import Kernels, compare_kernels, compare_pairs, unseen
 from calibration.validate_ranking import rankings
 from calibration.validate_serving import LEVELS, METRICS, Served, Serving, compare_runs, without_recorded
 from calibration.validate_timeline import Stretch
 from calibration.validate_two_batches import TwoBatches, compare_two_batches
-from sim.fitted import fit_notes
+from sim.fitted import fit_notes, machine_words
 from sim.spec import NodeSpec
 from traces.measurement import Measurement
 

@@ -19,12 +19,13 @@ from policy.batch import TICK_US
 from policy.options import Options
 from sim.believe import profile_of
 from sim.cost import Costs
-from sim.spec import FitSpec, load_node
+from sim.spec import FitSpec, NodeSpec, load_node, node_names
 from tests.calibration.validation import (
     CELL,
     FORWARD,
     NODE,
     SCHEDULES,
+    TODAY,
     batches_of,
     check,
     kernels_of,
@@ -34,8 +35,10 @@ from tests.calibration.validation import (
     slower_links,
 )
 from tests.worlds import changed, ideal_node
-from traces.measurement import Conditions, write_measurements
+from traces.measurement import Conditions, file_hash, write_measurements
 from weft.cli import main
+
+DATA = FORWARD.parent.parent
 
 # -- single kernels and pairs ---------------------------------------------------------------------------------------
 
@@ -291,6 +294,46 @@ def test_stale_foreign_and_unfinished_measurements_are_said() -> None:
     assert "NVIDIA A100-SXM4-80GB" in notes[1]
     assert "host-staged" in notes[2]
     assert "325 days" in notes[3]
+
+
+def fitted_to(measurements: dict[str, str]) -> NodeSpec:
+    fit = FitSpec(date="2026-11-21", gpu="NVIDIA H200", conditions={"link_mode": AS_IS}, measurements=measurements,
+                  ranges={}, digest=NODE.numbers_digest)  # fmt: skip
+    return msgspec.structs.replace(NODE, fit=fit)
+
+
+def test_measurements_that_changed_since_the_fit_are_said(tmp_path: Path) -> None:
+    conditions = Conditions("NVIDIA H200", 4, 132, "580", "2.11", "2.28", AS_IS, "float16", "0.1.0", "2026-11-21")
+    folder, file = tmp_path / "day" / "mine", tmp_path / "day" / "forward.jsonl"
+    write_measurements(folder, conditions, batches_of(NODE).rows)
+    file.write_bytes(FORWARD.read_bytes())
+
+    def notes(path: Path, name: str, digest: str) -> list[str]:
+        node = fitted_to({"before": "0", name: digest})
+        return [note for source in read_sources(path, node) for note in source.notes(node, TODAY)]
+
+    for path, rows, names in (
+        (folder, folder / "measurements.jsonl", ("mine", "day/mine/measurements.jsonl")),
+        (file, file, ("day/forward.jsonl",)),
+    ):
+        for name in names:
+            [note] = notes(path, name, "1")
+            assert note.startswith(f"{path}: changed since the fit") and note.endswith(f"under the name {name}")
+            assert not notes(path, name, file_hash(rows))
+            # Moved, or one of several of that name: what the node was fitted to all the same.
+            assert not notes(path, "elsewhere", "1") and not notes(path, "elsewhere", file_hash(rows))
+
+
+def test_shipped_nodes_know_the_measurements_that_they_were_fitted_to() -> None:
+    for name in (name for name in node_names() if name.startswith("h200") and name.endswith("-fitted")):
+        node = load_node(name)
+        assert node.fit is not None
+        paths = [DATA / key for key in node.fit.measurements if "/" in key]
+        assert paths
+        for path in paths:
+            assert node.fit.measurements[str(path.relative_to(DATA))] == file_hash(path)
+            for source in read_sources(path.parent if path.name == "measurements.jsonl" else path, node):
+                assert not [note for note in source.notes(node, TODAY) if "changed since" in note]
 
 
 def test_changed_measurements_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
