@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -48,6 +48,10 @@ CLASSES = (
     STARVED,
     DELAY,
 )
+# What is fitted one after the other, and last the errors of the fit.
+STAGES = ("gemm", "elementwise", "attention", "collective", "pair", "sequence and two_batches", "errors")
+# Is told the stage that begins, and how many rows it has.
+Told = Callable[[str, int], object]
 # Fewer rows than this in a class say nothing of its parameters.
 FEWEST_ROWS = 4
 DIGITS = 5
@@ -97,8 +101,15 @@ class Fit:
         return fmean(errors) if errors else None
 
 
-def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, seed: int = 0) -> Fit:
-    """Fit what the rows can tell; everything else stays as it is in `base`, with its source.
+def fit_node(
+    measurements: Sequence[Measurement],
+    base: NodeSpec,
+    about: About,
+    seed: int = 0,
+    told: Told = lambda stage, num_rows: None,
+) -> Fit:
+    """Fit what the rows can tell; everything else stays as it is in `base`, with its source. `told` is called when one
+    of `STAGES` begins.
 
     Raises ValueError if there is nothing to fit to.
     """
@@ -112,14 +123,16 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     for row in measurements:
         if not is_held_out(row):
             seen.setdefault(row.what, []).append(row)
-    node, estimates, choices = _fit_device(seen, base, rng)
+    node, estimates, choices = _fit_device(seen, base, rng, told)
     node = msgspec.structs.replace(node, gemms=gemm_tables(seen.get("gemm", []), seen.get(LAUNCH, []), base))
+    told("collective", len(seen.get("collective", [])))
     tables = fit_tables(seen.get("collective", []), seen.get(CHANNELS, []), base.link, base.device.graph_gap_us)
     node = msgspec.structs.replace(node, link=_with_tables(node.link, tables, measurements))
     host, estimates["host"] = fit_host(seen.get("host", []), base.host)
     gap = estimates["device"]["event_gap_us"] = fit_event_gap(seen.get("host", []), base.device)
     node = msgspec.structs.replace(node, device=msgspec.structs.replace(node.device, event_gap_us=gap.value))
     node = _rounded(msgspec.structs.replace(node, host=host))
+    told("pair", len(seen.get("pair", [])))
     before, pairs = node.device, fit_pairs(seen.get("pair", []), node)
     tables = [
         replace(fit, table=table, note=fit.note if table.ctas == fit.table.ctas else DEFAULT_CTAS)
@@ -129,6 +142,7 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     traffic = pairs.estimates.pop("hbm_per_byte")
     estimates["contention"], estimates["link"] = pairs.estimates, {"hbm_per_byte": traffic}
     choices |= pairs.choices
+    told("sequence and two_batches", sum(len(seen.get(what, [])) for what in (SEQUENCE, "two_batches")))
     switch = fit_switch(
         seen.get(SEQUENCE, []),
         [row for what in KERNELS for row in seen.get(what, [])],
@@ -142,6 +156,7 @@ def fit_node(measurements: Sequence[Measurement], base: NodeSpec, about: About, 
     device = msgspec.structs.replace(pairs.node.device.with_switch(switch.value), rested_boost=boost.value)
     link = msgspec.structs.replace(pairs.node.link, join_us=join.value)
     node = _rounded(msgspec.structs.replace(pairs.node, name=about.name, fit=None, device=device, link=link))
+    told("errors", len(measurements))
     residuals = tuple(residuals_of(node, measurements))
     if wave := node.device.gemm_wave_ctas:
         by_pairs = ", for pairs are explained best so" if wave != before.gemm_wave_ctas else ""
@@ -170,7 +185,7 @@ def _default_ctas(tables: Sequence[TableFit], link: LinkSpec, base: LinkSpec) ->
 
 
 def _fit_device(
-    seen: dict[str, list[Measurement]], base: NodeSpec, rng: np.random.Generator
+    seen: dict[str, list[Measurement]], base: NodeSpec, rng: np.random.Generator, told: Told
 ) -> tuple[NodeSpec, dict[str, dict[str, Estimate]], dict[str, str]]:
     device, estimates, choices = base.device, dict[str, Estimate](), dict[str, str]()
     if launches := seen.get(LAUNCH):
@@ -178,6 +193,7 @@ def _fit_device(
         device = msgspec.structs.replace(device, gemm_persistent=persistent)
         many = "none" if persistent else "some"
         choices["gemm_persistent"] = f"of {len(launches)} launches of GEMMs {many} had more CTAs than the SMs hold"
+    told("gemm", len(seen.get("gemm", [])))
     if len(rows := seen.get("gemm", [])) >= FEWEST_ROWS:
         gemms = fit_gemms(rows, device, rng)
         device, estimates = gemms.device, dict(gemms.estimates)
@@ -187,6 +203,7 @@ def _fit_device(
         if device.partition_step != base.device.partition_step:
             choices["partition_step"] = f"partitions come in steps of {device.partition_step} SMs"
     for what, fitted in (("elementwise", fit_elementwise), ("attention", fit_attention)):
+        told(what, len(seen.get(what, [])))
         if len(rows := seen.get(what, [])) >= FEWEST_ROWS:
             others = fitted(rows, device)
             device, estimates = others.device, estimates | others.estimates

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 from weft.flags import path_of
 
 if TYPE_CHECKING:
-    from calibration.fit import About, Fit
+    from calibration.fit import About, Fit, Told
     from sim.spec import NodeSpec
     from traces.measurement import Conditions, Measurement
 
@@ -32,6 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report_help = "folder for the report: text, JSON, a picture per class, and beliefs for policies"
     parser.add_argument("--report", type=path_of, metavar="DIR", help=report_help)
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling behind standard errors")
+    parser.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
@@ -61,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
             f"{base.device.name}; what was not measured stays that of the base (--base)"
         )
     cautions += _stale(about)
-    fit = fit_node(rows, on_machine(base, several(conditions)), about, args.seed)
+    with _progress(disable=args.disable_tqdm) as told:
+        fit = fit_node(rows, on_machine(base, several(conditions)), about, args.seed, told)
     print("\n".join(lines_of(fit)))
     for caution in cautions:
         print(f"caution: {caution}")
@@ -69,6 +73,21 @@ def run(args: argparse.Namespace) -> int:
     for path in [args.out, *(_write_report(fit, rows, args.report) if args.report is not None else [])]:
         print(f"wrote {path}")
     return 0
+
+
+@contextmanager
+def _progress(*, disable: bool) -> Iterator[Told]:
+    """A bar that says what is being fitted, and to how many rows: thousands of GEMMs take minutes."""
+    from calibration.fit import STAGES
+    from weft.progress import bar
+
+    with bar(len(STAGES), "parts", disable=disable) as progress:
+
+        def told(stage: str, num_rows: int) -> None:
+            progress.n = STAGES.index(stage)
+            progress.set_description(f"{stage}, {num_rows:,} rows")
+
+        yield told
 
 
 def _check_report(folder: Path, node_file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from calibration.fit import STAGES
 from policy.profile_table import profile_from
 from sim.spec import load_node
 from tests.calibration.synthetic import Surveyor, truth
@@ -117,6 +118,21 @@ def test_what_cannot_be_written_is_known_before_the_fit(
     assert "/proc/x.toml" in mistake(capsys, folder, "--out", "/proc/x.toml")
     assert "--seed -1 is negative" in mistake(capsys, folder, "--out", kept, "--seed", -1)
     assert (kept.read_text(), file.read_text(), new.exists()) == ("kept", "kept too", False)
+
+
+def test_a_terminal_is_told_what_is_being_fitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = survey(tmp_path / "survey", Surveyor(truth()).host(launch=9.0))
+    words = ["calibrate", str(path), "--out", str(tmp_path / "n.toml")]
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert all(stage in said for stage in STAGES) and f"{len(STAGES) - 1}/{len(STAGES)}" in said
+    assert main([*words, "--disable-tqdm"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_old_and_foreign_measurements_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
