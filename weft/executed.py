@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,25 +132,58 @@ def settings_of(config: RunConfig, world: World, output: Path, *, record: bool =
 def execute(
     config: RunConfig, world: World, *, record: bool = False, progress: Callable[[int], object] = lambda finished: None
 ) -> tuple[Run, dict[str, Any]]:
-    """Run it on real ranks; returns the result, and the details for a file.
+    """Run it on real ranks; returns the result, and the details for a file. See `executing`."""
+    with executing(config, world, record=record, progress=progress) as made:
+        return made
 
-    Raises ValueError if it is not possible, WorldError if a rank fails. The requests that were answered before a
-    failure or an interrupt are kept, and the message says where.
+
+@contextmanager
+def executing(
+    config: RunConfig, world: World, *, record: bool = False, progress: Callable[[int], object] = lambda finished: None
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Run it on real ranks; gives the result, and the details for a file, to a block that writes them.
+
+    Raises ValueError if it is not possible, WorldError if a rank fails. What the ranks wrote is deleted when the block
+    has ended well; if it has not, all of it is kept, and the message says where.
     """
     output = Path(tempfile.mkdtemp(prefix="weft-run-"))
+    made = _run_ranks(config, world, output, record, progress)
+    try:
+        yield made
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        again = f"the same command with --read-output {output} writes what it says"
+        raise kind(f"{_why(error)}; the answers are in {output}: {again}") from None
+    _remove(output, None)
+
+
+def _run_ranks(
+    config: RunConfig, world: World, output: Path, record: bool, progress: Callable[[int], object]
+) -> tuple[Run, dict[str, Any]]:
+    """The run itself. If it fails or is interrupted, the requests that were answered before are all that is kept."""
     completions = output / "completions.jsonl"
-    kept = False
+    kept, done = False, False
     try:
         settings = settings_of(config, world, output, record=record)
         launch(settings, progress)
         finished = read_output(str(output), 0)
+        made = run_of(config, settings, finished), detailed_run(settings, finished)
+        done = True
+        return made
     except (WorldError, KeyboardInterrupt) as error:
         kept = completions.exists() and completions.stat().st_size > 0
         why = str(error) or "interrupted; all ranks were ended"
         raise type(error)(why + (f"; the answered requests are in {completions}" if kept else "")) from None
     finally:
-        _remove(output, completions if kept else None)
-    return run_of(config, settings, finished), detailed_run(settings, finished)
+        if not done:
+            _remove(output, completions if kept else None)
+
+
+def _why(error: BaseException) -> str:
+    """The error in words; of a file it names the file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or "interrupted"
 
 
 def _remove(folder: Path, kept: Path | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +72,14 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(result_file, args.timeline, args.write_settings, may_make_folder=args.result_dir is not None)
     if args.write_settings is not None:
         return _write_settings(args, config, world)
-    finished, more = _finish(args, config, world)
-    finished.result.update(further_percentiles(finished.timeline, percentiles))
-    print(console_block(finished.result))
-    _save(args, finished, result_file, extra, more)
+    with _finished(args, config, world) as (finished, more):
+        finished.result.update(further_percentiles(finished.timeline, percentiles))
+        details = detailed(finished.timeline) | more if args.save_detailed else {}
+        saved: list[Path] = []
+        try:
+            _save(args, finished, result_file, extra | details, saved)
+        finally:
+            print("\n".join([console_block(finished.result), *(f"wrote {path}" for path in saved)]))
     return 0
 
 
@@ -87,8 +93,10 @@ def _world(args: argparse.Namespace) -> World:
     )  # fmt: skip
 
 
-def _finish(args: argparse.Namespace, config: RunConfig, world: World) -> tuple[Run, dict[str, Any]]:
-    from weft.executed import detailed_run, execute, run_of, settings_of
+@contextmanager
+def _finished(args: argparse.Namespace, config: RunConfig, world: World) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """The result and its details, made now or read. What the ranks left is there until the block has ended well."""
+    from weft.executed import detailed_run, executing, run_of, settings_of
     from weft.progress import bar
     from weft.runs import make_requests
 
@@ -98,9 +106,12 @@ def _finish(args: argparse.Namespace, config: RunConfig, world: World) -> tuple[
 
         output = read_output(str(args.read_output), 0)
         settings = settings_of(config, world, args.read_output, record=record)
-        return run_of(config, settings, output), detailed_run(settings, output)
-    with bar(len(make_requests(config)), "requests", disable=args.disable_tqdm) as progress:
-        return execute(config, world, record=record, progress=progress.update)
+        yield run_of(config, settings, output), detailed_run(settings, output)
+        return
+    with ExitStack() as stack:
+        with bar(len(make_requests(config)), "requests", disable=args.disable_tqdm) as progress:
+            made = stack.enter_context(executing(config, world, record=record, progress=progress.update))
+        yield made
 
 
 def _write_settings(args: argparse.Namespace, config: RunConfig, world: World) -> int:
@@ -133,21 +144,18 @@ def _result_file(args: argparse.Namespace, config: RunConfig, world: World) -> P
 
 
 def _save(
-    args: argparse.Namespace, finished: Run, result_file: Path | None, extra: dict[str, Any], more: dict[str, Any]
+    args: argparse.Namespace, finished: Run, result_file: Path | None, extra: dict[str, Any], saved: list[Path]
 ) -> None:
+    """Write what was asked for, the result first, as a timeline may fill the disk; `saved` is told what was written."""
     from weft.report import encode
 
-    saved: list[Path] = []
+    if result_file is not None:
+        save(result_file, encode(dated(extra | finished.result)), append=args.append_result)
+        saved.append(result_file)
     if args.timeline is not None:
         from traces.chrome import write_chrome_trace
 
         saved += write_chrome_trace(finished.timeline, args.timeline)
-    if result_file is not None:
-        details = detailed(finished.timeline) | more if args.save_detailed else {}
-        save(result_file, encode(dated(extra | details | finished.result)), append=args.append_result)
-        saved.append(result_file)
-    for path in saved:
-        print(f"wrote {path}")
 
 
 def console_block(result: dict[str, Any]) -> str:

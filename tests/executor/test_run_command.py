@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,31 @@ def test_the_result_says_what_ran(saved: Path) -> None:
 
 def test_the_timeline_is_a_chrome_trace_per_rank(saved: Path) -> None:
     assert {path.name for path in saved.parent.glob("*.gz")} == {"run.rank0.trace.json.gz", "run.rank1.trace.json.gz"}
+
+
+def test_no_answer_is_lost_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full for the timeline: the result is there, and what the ranks left is read by the same command."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result, trace = tmp_path / "result.json", tmp_path / "t.json"
+    command = ["run", *SHORT, "--result-filename", str(result), "--save-detailed", "--timeline", str(trace)]
+    with monkeypatch.context() as full:
+        full.setattr("traces.chrome.write_whole", _full_disk)
+        assert main(command) == 2
+    said = capsys.readouterr()
+    folder = next(tmp_path.glob("weft-run-*"))
+    assert said.err.count("\n") == 1
+    assert f"t.rank0.json: No space left on device; the answers are in {folder}: the same command with" in said.err
+    assert f"wrote {result}" in said.out
+    first = _result(result)
+    assert main([*command, "--read-output", str(folder)]) == 0
+    assert _result(result)["latencies"] == first["latencies"]
+    assert len(list(tmp_path.glob("t.rank?.json"))) == 2
+
+
+def _full_disk(path: Path, content: bytes) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def test_a_saved_run_is_replayed_in_the_simulator(saved: Path) -> None:
