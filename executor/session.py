@@ -233,7 +233,9 @@ class Session:
         is_output = _is_output(self.place.rank, run.layout)
         file: TextIO | None = None
         if is_output and run.completions_path:
-            file = stack.enter_context(Path(run.completions_path).open("a", encoding="utf-8"))  # noqa: SIM115 (the stack closes it)
+            earlier = {other.completions_path for other in self.settings.runs[: len(self.logs)]}
+            mode = "a" if run.completions_path in earlier else "w"  # what another world left there is not of this one
+            file = stack.enter_context(Path(run.completions_path).open(mode, encoding="utf-8"))  # noqa: SIM115 (the stack closes it)
         recorder = Recorder(self.place.rank, run.record, run.timing, file)
         progress = Progress(self._at_round, self.status.finished)
         return Driver(run, scheduler, device, recorder, self.mail, device.parts.clock, is_output, progress)
