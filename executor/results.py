@@ -53,7 +53,8 @@ class Report(msgspec.Struct):
 
 
 class Output(msgspec.Struct):
-    """A finished run, as rank 0 writes it. `busy` and `host_times` are by rank; times are on rank 0's clock."""
+    """A finished run, as rank 0 writes it. `busy` and `host_times` are by rank; times are on rank 0's clock. `flags`
+    are the run's settings by name, as `executor.settings.run_flags` has them."""
 
     timeline: Timeline
     log: list[Admission]
@@ -68,6 +69,7 @@ class Output(msgspec.Struct):
     profile: dict[str, Any] | None
     wall_s: float
     num_graphs: int = 0
+    flags: dict[str, str] = {}
 
     @property
     def opaque(self) -> bool:

@@ -143,10 +143,16 @@ def flags(settings: Settings) -> dict[str, str]:
     """What must be equal on every rank, by name, short enough to compare; request lists as a hash."""
     named: dict[str, str] = {"backend": settings.backend, "timeout_s": str(settings.timeout_s)}
     for number, run in enumerate(settings.runs):
-        for name in run.__struct_fields__:
-            text = repr(getattr(run, name))
-            named[f"runs[{number}].{name}"] = text if len(text) < 400 else hashlib.sha256(text.encode()).hexdigest()
+        named |= {f"runs[{number}].{name}": text for name, text in run_flags(run).items()}
     return named
+
+
+def run_flags(run: RunSettings) -> dict[str, str]:
+    """One run's settings by name, short enough to compare and to keep beside its results."""
+    texts = {name: repr(getattr(run, name)) for name in run.__struct_fields__}
+    return {
+        name: text if len(text) < 400 else hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -10,6 +10,7 @@ from executor.execute import Driver
 from executor.mail import Mail
 from executor.order import compare
 from executor.results import Output, Report
+from executor.settings import run_flags
 from traces.timeline import Timeline
 
 
@@ -41,7 +42,8 @@ def summarize(driver: Driver, mail: Mail, wall_s: float, about: dict[str, Any]) 
     return Output(
         timeline=_timeline(driver, reports), log=driver.log, num_ranks=len(reports), rounds_hash=output.rounds_hash,
         order_hash=order_hash, checksum=output.checksum, hashes=output.hashes, busy=[r.busy for r in reports],
-        host_times=[r.host for r in reports], wall_s=wall_s, **about,
+        host_times=[r.host for r in reports], wall_s=wall_s,
+        flags=run_flags(driver.run), **about,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from executor.launch import WorldError, launch
 from executor.results import Output, read_output
-from executor.settings import Backend, RunSettings, Settings, decode, encode
+from executor.settings import Backend, RunSettings, Settings, decode, encode, run_flags
 from models.config import ModelConfig, load_model
 from models.transformer import Layout, weight_bytes
 from policy.profile_table import profile_from
@@ -43,6 +43,8 @@ from weft.runs import (
 GPU_PARTITIONS = (0, 8, 16, 24, 32)
 GPU_CTAS = (0, 8)
 HIGHEST_PORT = 65_535
+# A setting's text up to here is shown in a message; of longer ones the name must do.
+SHORT_TEXT = 40
 # Without GPUs as many processes as there must be for anything to be shared.
 GLOO_RANKS = 2
 # These tell communication from computation, which a graph that holds both hides.
@@ -248,6 +250,33 @@ def _describe(config: RunConfig, settings: Settings, output: Output) -> dict[str
         "estimates_used": [],
         "out_of_range": [],
     }
+
+
+def read_run(config: RunConfig, world: World, folder: Path, *, record: bool) -> tuple[Run, dict[str, Any]]:
+    """What torchrun left in a folder, as `execute` returns it. Raises ValueError if it was made with other settings."""
+    output = read_output(str(folder), 0)
+    settings = settings_of(config, world, folder, record=record)
+    _check_made_with(decode(encode(settings), str(folder)).runs[0], output, folder)
+    return run_of(config, settings, output), detailed_run(settings, output)
+
+
+def _check_made_with(run: RunSettings, output: Output, folder: Path) -> None:
+    """`run` has been written and read, as the ranks' settings were: 1 and 1.0 are then the same."""
+    if not output.flags:
+        raise ValueError(f"--read-output {folder}: it does not say which settings made it; run it again with this weft")
+    asked = run_flags(run)
+    names = [name for name in asked if name != "completions_path" and asked[name] != output.flags.get(name)]
+    if names:
+        shown = ", ".join(_difference(name, output.flags.get(name, ""), asked[name]) for name in names)
+        raise ValueError(
+            f"--read-output {folder}: it was made with other settings than these flags give ({shown}); "
+            "give the flags that made its settings"
+        )
+
+
+def _difference(name: str, made: str, asked: str) -> str:
+    """The name of a setting, and its values where they are short."""
+    return f"{name} {made}, not {asked}" if max(len(made), len(asked)) <= SHORT_TEXT else name
 
 
 def detailed_run(settings: Settings, output: Output) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traces.files import write_whole
-from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of
+from weft.flags import add_layout_flags, add_policy_flags, add_workload_flags, config_of, path_of
 from weft.outputs import check_outputs, dated, given_name, parse_metadata, rate_name, save, short_name
 from weft.simulate_command import POLICY_HELP, add_result_flags, detailed, further_percentiles, parse_percentiles
 
@@ -44,7 +44,7 @@ def _add_world_flags(parser: argparse.ArgumentParser) -> None:
     dtype_help = "float32, float16 or bfloat16 (default: float16 on GPUs, float32 with gloo)"
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help=dtype_help)
     checkpoint_help = "folder with safetensors and config.json (default: random weights by seed)"
-    group.add_argument("--checkpoint", type=Path, metavar="DIR", help=checkpoint_help)
+    group.add_argument("--checkpoint", type=path_of, metavar="DIR", help=checkpoint_help)
     group.add_argument("--layers", type=int, default=0, metavar="N", help="only the model's first N layers")
     delay_help = "random pauses of every rank's {}, up to so many microseconds: a test of correctness"
     group.add_argument("--host-delay-us", type=float, default=0.0, metavar="US", help=delay_help.format("host"))
@@ -55,17 +55,17 @@ def _add_world_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bind-address", default="127.0.0.1", metavar="ADDRESS", help=bind_help)
     group.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
     timeline_help = "write a Chrome trace, one file per rank: NAME.trace.json.gz (opens in Perfetto)"
-    group.add_argument("--timeline", type=Path, metavar="FILE", help=timeline_help)
+    group.add_argument("--timeline", type=path_of, metavar="FILE", help=timeline_help)
     write_help = "run nothing; write the settings for `torchrun -m executor --settings FILE`"
-    group.add_argument("--write-settings", type=Path, metavar="FILE", help=write_help)
+    group.add_argument("--write-settings", type=path_of, metavar="FILE", help=write_help)
     read_help = "run nothing; report what torchrun left in this folder, given the flags that made its settings"
-    group.add_argument("--read-output", type=Path, metavar="DIR", help=read_help)
+    group.add_argument("--read-output", type=path_of, metavar="DIR", help=read_help)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run, print the block of numbers, and save what was asked for."""
     world = _world(args)
-    model = args.model or (str(args.checkpoint) if args.checkpoint else DEFAULT_MODELS[world.backend])
+    model = _model(args, world)
     config = config_of(args, model=model, policy=args.policy)
     percentiles, extra = parse_percentiles(args.metric_percentiles), parse_metadata(args.metadata, args.label)
     result_file = _result_file(args, config, world)
@@ -83,6 +83,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _model(args: argparse.Namespace, world: World) -> str:
+    if args.model == "":
+        raise ValueError("--model is empty; give a model id or a JSON file, or leave it out for the default")
+    return args.model or (str(args.checkpoint) if args.checkpoint else DEFAULT_MODELS[world.backend])
+
+
 def _world(args: argparse.Namespace) -> World:
     from weft.executed import World, backend_and_ranks
 
@@ -96,17 +102,13 @@ def _world(args: argparse.Namespace) -> World:
 @contextmanager
 def _finished(args: argparse.Namespace, config: RunConfig, world: World) -> Iterator[tuple[Run, dict[str, Any]]]:
     """The result and its details, made now or read. What the ranks left is there until the block has ended well."""
-    from weft.executed import detailed_run, executing, run_of, settings_of
+    from weft.executed import executing, read_run
     from weft.progress import bar
     from weft.runs import make_requests
 
     record = args.timeline is not None
     if args.read_output is not None:
-        from executor.results import read_output
-
-        output = read_output(str(args.read_output), 0)
-        settings = settings_of(config, world, args.read_output, record=record)
-        yield run_of(config, settings, output), detailed_run(settings, output)
+        yield read_run(config, world, args.read_output, record=record)
         return
     with ExitStack() as stack:
         with bar(len(make_requests(config)), "requests", disable=args.disable_tqdm) as progress:

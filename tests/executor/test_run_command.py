@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from executor.launch import launch
 from executor.order import RoundsHash
+from executor.settings import read_settings
 from models.config import MODELS
 from weft.cli import main
 from weft.executed import replay_result
@@ -83,6 +85,33 @@ def test_no_answer_is_lost_when_writing_fails(
     assert main([*command, "--read-output", str(folder)]) == 0
     assert _result(result)["latencies"] == first["latencies"]
     assert len(list(tmp_path.glob("t.rank?.json"))) == 2
+
+
+def test_what_torchrun_left_is_read_with_the_flags_that_made_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ["run", *SHORT, "--policy", "tensor", "--slo-ms", "1000000", "--max-input-len", "40"]
+    assert main([*made, "--write-settings", str(tmp_path / "s.json")]) == 0
+    completions = tmp_path / "s" / "completions.jsonl"
+    completions.write_text("of a run before\n")
+    launch(read_settings(tmp_path / "s.json"))
+    assert len(completions.read_text().splitlines()) == 12
+    capsys.readouterr()
+    read = ["--read-output", str(tmp_path / "s")]
+    assert main([*made, *read]) == 0
+    assert "Successful requests:                           12" in capsys.readouterr().out
+    for flags, difference in (
+        (["--num-prompts", "9"], "(requests)"),
+        (["--model", "tiny-llama"], "(model)"),
+        (["--seed", "3"], "(requests, seed 0, not 3)"),
+        (["--policy", "interleaved"], "(policy 'tensor', not 'interleaved')"),
+        (["--timeline", str(tmp_path / "t.json")], "(record False, not True)"),
+    ):
+        assert main([*made, *flags, *read]) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1
+        assert f"{tmp_path / 's'}: it was made with other settings than these flags give {difference}" in said.err
+        assert said.out == ""
 
 
 def _full_disk(path: Path, content: bytes) -> None:

@@ -138,6 +138,7 @@ MISTAKES = [
     (["trace", "none.csv"], "none.csv: No such file or directory"),
     (["trace", "{good}", "--plot", "no/x.png"], "no/x.png: no is not a folder; make it first"),
     (["demo", "--out", "/dev/null/x"], "/dev/null is not a folder"),
+    (["run", "--backend", "gloo", "--read-output", ""], "argument --read-output: it is empty; give a name"),
     (["run", "--backend", "gloo", "--port", "99999999"], "--port 99999999 is not possible; give 1 to 65535, or 0"),
 ]
 
