@@ -12,20 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from weft import (
-    calibrate_command,
-    demo_command,
-    explore_command,
-    import_command,
-    measure_command,
-    nodes_command,
-    run_command,
-    simulate_command,
-    trace_command,
-    validate_command,
-)
-from weft.outputs import version_of_weft
-
 MISTAKE = 2
 INTERRUPTED = 130
 NO_READER = 141
@@ -45,15 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    args = make_parser().parse_args(argv)
-    if "run" not in args:
-        if args.version:
-            print(f"weft {version_of_weft()}")
-            return 0
-        make_parser().error("no command is given")
     try:
         with _terminated_as_interrupted():
-            code = int(args.run(args))
+            code = _run(argv)
         sys.stdout.flush()  # here, where a reader that has gone is still ours to notice
         return code
     except BrokenPipeError:
@@ -70,8 +50,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISTAKE
 
 
+def _run(argv: Sequence[str] | None) -> int:
+    args = make_parser().parse_args(argv)
+    if "run" in args:
+        return int(args.run(args))
+    if not args.version:
+        make_parser().error("no command is given")
+    from weft.outputs import version_of_weft
+
+    print(f"weft {version_of_weft()}")
+    return 0
+
+
 def make_parser() -> Parser:
-    """The parser with all sub-commands; building it imports nothing heavy."""
+    """The parser with all sub-commands; building it imports nothing heavy. What it imports takes long enough to be
+    interrupted, so it is imported here, where `main` can say so."""
+    from weft import (
+        calibrate_command,
+        demo_command,
+        explore_command,
+        import_command,
+        measure_command,
+        nodes_command,
+        run_command,
+        simulate_command,
+        trace_command,
+        validate_command,
+    )
+
     parser = Parser(prog="weft", description="Which latency at which throughput, for which way of sharing GPUs.")
     parser.add_argument("--version", action="store_true", help="show the version and end")
     commands: argparse._SubParsersAction[argparse.ArgumentParser]

@@ -220,6 +220,22 @@ def test_a_termination_ends_as_an_interrupt_does(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_an_interrupt_while_commands_are_imported_is_one_line() -> None:
+    """Ctrl-C in the first second, while Python still reads the commands."""
+    code = (
+        "import importlib.abc, sys\n"
+        "class Interrupted(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'weft.run_command':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from weft.cli import main\n"
+        "sys.exit(main(['run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "weft: interrupted\n")
+
+
 def test_nodes_show_every_number_and_mark_estimates(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("nodes") == 0
     overview = capsys.readouterr().out
