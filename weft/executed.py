@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ def settings_of(config: RunConfig, world: World, output: Path, *, record: bool =
     config.check()
     if not 0 <= world.port <= HIGHEST_PORT:
         raise ValueError(f"--port {world.port} is not possible; give 1 to {HIGHEST_PORT}, or 0 for a free one")
+    _check_address(world.bind_address)
     if world.num_ranks < 1:
         raise ValueError(f"--ranks {world.num_ranks} is not possible; give 1 or more")
     model = model_of(config, world)
@@ -129,6 +131,20 @@ def settings_of(config: RunConfig, world: World, output: Path, *, record: bool =
     )  # fmt: skip
     settings.check()
     return settings
+
+
+def _check_address(address: str) -> None:
+    """Raises ValueError for an address that the rendezvous cannot listen on; an empty one would be all interfaces."""
+    if not address:
+        raise ValueError("--bind-address is empty; give an address of this machine, such as 127.0.0.1")
+    try:
+        socket.getaddrinfo(address, None, socket.AF_INET)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not the name of a machine"
+        raise ValueError(
+            f"--bind-address {address} cannot be resolved to an IPv4 address ({why}); "
+            "give one of this machine, such as 127.0.0.1"
+        ) from None
 
 
 def execute(

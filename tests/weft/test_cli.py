@@ -139,6 +139,15 @@ MISTAKES = [
     (["trace", "{good}", "--plot", "no/x.png"], "no/x.png: no is not a folder; make it first"),
     (["demo", "--out", "/dev/null/x"], "/dev/null is not a folder"),
     (["run", "--backend", "gloo", "--read-output", ""], "argument --read-output: it is empty; give a name"),
+    (["run", "--backend", "gloo", "--bind-address", ""], "--bind-address is empty; give an address of this machine"),
+    (
+        ["run", "--backend", "gloo", "--bind-address", "::1"],
+        "--bind-address ::1 cannot be resolved to an IPv4 address (",
+    ),
+    (
+        ["run", "--backend", "gloo", "--bind-address", "nosuch.host.invalid"],
+        "--bind-address nosuch.host.invalid cannot be resolved to an IPv4 address (",
+    ),
     (["run", "--backend", "gloo", "--port", "99999999"], "--port 99999999 is not possible; give 1 to 65535, or 0"),
 ]
 
