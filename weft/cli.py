@@ -72,6 +72,7 @@ def make_parser() -> Parser:
         import_command,
         measure_command,
         nodes_command,
+        replay_command,
         run_command,
         simulate_command,
         trace_command,
@@ -88,6 +89,7 @@ def make_parser() -> Parser:
     trace_command.add_parser(commands)
     nodes_command.add_parser(commands)
     run_command.add_parser(commands)
+    replay_command.add_parser(commands)
     measure_command.add_parser(commands)
     import_command.add_parser(commands)
     calibrate_command.add_parser(commands)

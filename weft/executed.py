@@ -24,7 +24,8 @@ from policy.scheduler import Admission
 from sim.believe import profile_of
 from sim.replay import Replayed, replay
 from sim.simulate import Simulation
-from sim.spec import load_node
+from sim.spec import NodeSpec, load_node
+from traces.files import text_lines
 from traces.metrics import metrics
 from weft.runs import (
     Run,
@@ -304,17 +305,59 @@ def detailed_run(settings: Settings, output: Output) -> dict[str, Any]:
     }
 
 
+class Saved(msgspec.Struct):
+    """What a replay reads of the result of a run that was saved with details."""
+
+    settings: dict[str, Any]
+    admission_log: list[Admission]
+    profile: dict[str, Any] | None
+    rounds_hash: str
+    duration: float
+    mean_e2el_ms: float
+
+
+def read_saved(path: Path) -> Saved:
+    """The result in a file. Raises ValueError, which names the file, if it is none, or not the only one."""
+    lines = [line for _, line in text_lines(path)]
+    if len(lines) > 1 and _is_json(lines[0]):
+        raise ValueError(f"{path}: {len(lines)} lines; a replay takes a file with one result, without --append-result")
+    wanted = "give a result of weft run --save-result --save-detailed"
+    try:
+        raw = msgspec.json.decode("\n".join(lines))
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); {wanted}") from None
+    if not isinstance(raw, dict) or "admission_log" not in raw:
+        raise ValueError(f"{path}: it has no log of admissions; {wanted}")
+    try:
+        return msgspec.convert(raw, Saved, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path}: not the result of a run ({error}); {wanted}") from None
+
+
+def _is_json(line: str) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
 def replay_result(path: Path, node: str) -> Replayed:
     """Run in the simulator, on one of its nodes, what a real run admitted; `path` is a result saved with details.
 
     The rounds are those of the real run, the times the simulated node's.
     """
-    saved = msgspec.json.decode(path.read_bytes())
-    if not isinstance(saved, dict) or "admission_log" not in saved:
-        raise ValueError(f"{path}: it has no log of admissions; save the run with --save-detailed")
-    run = decode(msgspec.json.encode(saved["settings"]), str(path)).runs[0]
-    log = msgspec.convert(saved["admission_log"], list[Admission])
-    profile = profile_from(saved["profile"]) if saved["profile"] else profile_of(load_node(node))
-    config = RunConfig(policy=run.policy, options=run.options)
-    scheduler = make_scheduler(config, run.model, run.layout, profile)
-    return replay(Simulation(load_node(node), run.layout, scheduler), run.requests, log)
+    return replay_saved(read_saved(path), load_node(node), path)
+
+
+def replay_saved(saved: Saved, node: NodeSpec, path: Path) -> Replayed:
+    """Run it on a simulated node; `path` names it in errors."""
+    run = decode(msgspec.json.encode(saved.settings), str(path)).runs[0]
+    try:
+        check_options(run.options, run.model, node)
+        profile = profile_from(saved.profile) if saved.profile else profile_of(node)
+        config = RunConfig(policy=run.policy, options=run.options)
+        scheduler = make_scheduler(config, run.model, run.layout, profile)
+        return replay(Simulation(node, run.layout, scheduler), run.requests, saved.admission_log)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

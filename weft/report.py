@@ -18,43 +18,43 @@ MAX_SHOWN = 3
 def console_block(result: dict[str, Any]) -> str:
     """The numbers of one run. It says in its title that they are simulated, and names what they rest on."""
     lines = [
-        _title(" Simulated Serving Benchmark Result ", "="),
-        _row("Model:", result["model_id"]),
-        _row("Node (simulated):", result["node"]),
-        _row("Policy:", _policy(result)),
-        _row("Successful requests:", result["completed"]),
-        _row("Failed requests:", result["failed"]),
-        _row("Request rate configured (RPS):", rate_text(result["request_rate"])),
-        _row("Benchmark duration (s):", result["duration"]),
-        _row("Total input tokens:", result["total_input_tokens"]),
-        *([_row("Prompts shortened:", result["num_shortened"])] if result["num_shortened"] else []),
-        _row("Request throughput (req/s):", result["request_throughput"]),
+        title(" Simulated Serving Benchmark Result ", "="),
+        row("Model:", result["model_id"]),
+        row("Node (simulated):", result["node"]),
+        row("Policy:", _policy(result)),
+        row("Successful requests:", result["completed"]),
+        row("Failed requests:", result["failed"]),
+        row("Request rate configured (RPS):", rate_text(result["request_rate"])),
+        row("Benchmark duration (s):", result["duration"]),
+        row("Total input tokens:", result["total_input_tokens"]),
+        *([row("Prompts shortened:", result["num_shortened"])] if result["num_shortened"] else []),
+        row("Request throughput (req/s):", result["request_throughput"]),
     ]
     if "request_goodput" in result:
         lines += [
-            _row("Request goodput (req/s):", result["request_goodput"]),
-            _row("SLO attainment (%):", 100.0 * result["slo_attainment"]),
+            row("Request goodput (req/s):", result["request_goodput"]),
+            row("SLO attainment (%):", 100.0 * result["slo_attainment"]),
         ]
-    lines.append(_row("Total Token throughput (tok/s):", result["total_token_throughput"]))
-    lines.append(_title("End-to-end Latency", "-"))
-    lines.append(_row("Mean E2EL (ms):", result["mean_e2el_ms"]))
-    lines.append(_row("Median E2EL (ms):", result["median_e2el_ms"]))
+    lines.append(row("Total Token throughput (tok/s):", result["total_token_throughput"]))
+    lines.append(title("End-to-end Latency", "-"))
+    lines.append(row("Mean E2EL (ms):", result["mean_e2el_ms"]))
+    lines.append(row("Median E2EL (ms):", result["median_e2el_ms"]))
     # P50 is the median, which vLLM names so; the file has both.
     percentiles = [key for key in result if re.fullmatch(r"p[\d.]+_e2el_ms", key) and key != "p50_e2el_ms"]
     for key in sorted(percentiles, key=lambda key: float(key[1:-8])):
-        lines.append(_row(f"P{key[1:-8]} E2EL (ms):", result[key]))
-    lines.append(_title("GPUs", "-"))
+        lines.append(row(f"P{key[1:-8]} E2EL (ms):", result[key]))
+    lines.append(title("GPUs", "-"))
     for label, key in (
         ("Communication share of busy time (%):", "comm_share"),
         ("Communication hidden by computation (%):", "overlap_fraction"),
         ("Compute utilization (%):", "compute_utilization"),
         ("Link utilization (%):", "link_utilization"),
     ):
-        lines.append(_row(label, 100.0 * result[key]))
-    lines.append(_row("Weights / memory of a GPU (GB):", _memory(result)))
-    lines.append(_title("Simulation", "-"))
-    lines.append(_row("Batches / kernels:", f"{result['sim_iterations']:,} / {result['sim_kernels']:,}"))
-    lines.append(_row("Wall time (s):", result["sim_wall_s"]))
+        lines.append(row(label, 100.0 * result[key]))
+    lines.append(row("Weights / memory of a GPU (GB):", _memory(result)))
+    lines.append(title("Simulation", "-"))
+    lines.append(row("Batches / kernels:", f"{result['sim_iterations']:,} / {result['sim_kernels']:,}"))
+    lines.append(row("Wall time (s):", result["sim_wall_s"]))
     return "\n".join([*lines, "=" * WIDTH, *caveats(result)])
 
 
@@ -106,11 +106,13 @@ def _policy(result: dict[str, Any]) -> str:
     return f"{result['policy']} ({layout})" + (f" {result['policy_options']}" if result["policy_options"] else "")
 
 
-def _title(text: str, fill: str) -> str:
+def title(text: str, fill: str) -> str:
+    """A line of the block that names what follows."""
     return text.center(WIDTH, fill)
 
 
-def _row(label: str, value: Any) -> str:
+def row(label: str, value: Any) -> str:
+    """A line of the block: a number or a word, and what it is."""
     return f"{label:<{LABEL}} {_number(value)}"
 
 

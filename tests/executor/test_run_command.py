@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,56 @@ def test_a_saved_run_is_replayed_in_the_simulator(saved: Path) -> None:
         rounds.add(round_)
     assert rounds.digest() == _result(saved)["rounds_hash"]
     assert len(replayed.timeline.completions) == 12
+
+
+def test_a_replay_is_held_beside_the_run(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(saved), "--node", "a100-pcie-x4"]) == 0
+    said = capsys.readouterr().out
+    assert f"{_result(saved)['rounds']}, as in the run" in said
+    measured = f"{_result(saved)['duration']:.2f} / "
+    assert re.search(rf"Makespan, measured / simulated \(s\): +{re.escape(measured)}\d+\.\d\d\n", said)
+    assert "caution" not in said
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(_result(saved) | {"rounds_hash": "0" * 16}))
+    assert main(["replay", str(other), "--node", "a100-pcie-x4"]) == 0
+    assert "caution: this weft plans other rounds than the run had" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{result}\n{result}\n", "2 lines; a replay takes a file with one result"),
+        ("no result", "not JSON ("),
+        ("", "not JSON ("),
+        ('{{"backend": "simulated"}}', "it has no log of admissions; give a result of weft run --save-result --save-d"),
+        ('{{"admission_log": 7}}', "not the result of a run ("),
+        ("{short}", "the log admits 12 requests, which are not the 11 of the run"),
+        ("{wide}", "8 ranks do not fit node a100-pcie-x4, which has 4 GPUs"),
+        ("{profile}", "profile"),
+    ],
+)
+def test_a_file_that_cannot_be_replayed_is_named(
+    content: str, message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _result(saved)
+    run = result["settings"]["runs"][0]
+    files = {
+        "result": result,
+        "short": _with_run(result, run | {"requests": run["requests"][1:]}),
+        "wide": _with_run(result, run | {"layout": {"tp": 8, "pp": 1}}),
+        "profile": result | {"profile": {"name": "of nothing"}},
+    }
+    path = tmp_path / "other.json"
+    path.write_text(content.format(**{name: json.dumps(file) for name, file in files.items()}))
+    assert main(["replay", str(path), "--node", "a100-pcie-x4"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"weft: error: {path}: ")
+    assert message in said.err
+    assert (said.err.count("\n"), said.out) == (1, "")
+
+
+def _with_run(result: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    return result | {"settings": result["settings"] | {"runs": [run]}}
 
 
 def test_the_checksum_is_of_the_numbers_alone(saved: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from weft import demo_command
 from weft.cli import main
 
-COMMANDS = ("demo", "simulate", "explore", "trace", "nodes", "run")
+COMMANDS = ("demo", "simulate", "explore", "trace", "nodes", "run", "replay")
 HEAVY = ("torch", "matplotlib", "simpy", "scipy", "joblib", "tqdm", "executor.launch")
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "arrival_s,prompt_tokens\n0,5\n1,5\n3,5\n"
