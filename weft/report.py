@@ -21,10 +21,24 @@ def console_block(result: dict[str, Any]) -> str:
         title(" Simulated Serving Benchmark Result ", "="),
         row("Model:", result["model_id"]),
         row("Node (simulated):", result["node"]),
-        row("Policy:", _policy(result)),
+        row("Policy:", policy_text(result)),
+        *request_rows(result),
+        *latency_rows(result),
+        *gpu_rows(result),
+        row("Weights / memory of a GPU (GB):", _memory(result)),
+        title("Simulation", "-"),
+        row("Batches / kernels:", f"{result['sim_iterations']:,} / {result['sim_kernels']:,}"),
+        row("Wall time (s):", result["sim_wall_s"]),
+    ]
+    return "\n".join([*lines, "=" * WIDTH, *caveats(result)])
+
+
+def request_rows(result: dict[str, Any]) -> list[str]:
+    """What was asked for and answered, of simulated and real runs."""
+    lines = [
         row("Successful requests:", result["completed"]),
         row("Failed requests:", result["failed"]),
-        row("Request rate configured (RPS):", rate_text(result["request_rate"])),
+        row("Request rate configured (RPS):", rate_text(result["request_rate"] or None)),
         row("Benchmark duration (s):", result["duration"]),
         row("Total input tokens:", result["total_input_tokens"]),
         *([row("Prompts shortened:", result["num_shortened"])] if result["num_shortened"] else []),
@@ -35,27 +49,38 @@ def console_block(result: dict[str, Any]) -> str:
             row("Request goodput (req/s):", result["request_goodput"]),
             row("SLO attainment (%):", 100.0 * result["slo_attainment"]),
         ]
-    lines.append(row("Total Token throughput (tok/s):", result["total_token_throughput"]))
-    lines.append(title("End-to-end Latency", "-"))
-    lines.append(row("Mean E2EL (ms):", result["mean_e2el_ms"]))
-    lines.append(row("Median E2EL (ms):", result["median_e2el_ms"]))
+    return [*lines, row("Total Token throughput (tok/s):", result["total_token_throughput"])]
+
+
+def latency_rows(result: dict[str, Any]) -> list[str]:
+    """Mean, median and every percentile that the result has."""
     # P50 is the median, which vLLM names so; the file has both.
     percentiles = [key for key in result if re.fullmatch(r"p[\d.]+_e2el_ms", key) and key != "p50_e2el_ms"]
-    for key in sorted(percentiles, key=lambda key: float(key[1:-8])):
-        lines.append(row(f"P{key[1:-8]} E2EL (ms):", result[key]))
-    lines.append(title("GPUs", "-"))
-    for label, key in (
-        ("Communication share of busy time (%):", "comm_share"),
-        ("Communication hidden by computation (%):", "overlap_fraction"),
-        ("Compute utilization (%):", "compute_utilization"),
-        ("Link utilization (%):", "link_utilization"),
-    ):
-        lines.append(row(label, 100.0 * result[key]))
-    lines.append(row("Weights / memory of a GPU (GB):", _memory(result)))
-    lines.append(title("Simulation", "-"))
-    lines.append(row("Batches / kernels:", f"{result['sim_iterations']:,} / {result['sim_kernels']:,}"))
-    lines.append(row("Wall time (s):", result["sim_wall_s"]))
-    return "\n".join([*lines, "=" * WIDTH, *caveats(result)])
+    return [
+        title("End-to-end Latency", "-"),
+        row("Mean E2EL (ms):", result["mean_e2el_ms"]),
+        row("Median E2EL (ms):", result["median_e2el_ms"]),
+        *(
+            row(f"P{key[1:-8]} E2EL (ms):", result[key])
+            for key in sorted(percentiles, key=lambda key: float(key[1:-8]))
+        ),
+    ]
+
+
+def gpu_rows(result: dict[str, Any]) -> list[str]:
+    """What the GPUs did. Graphs that hold collectives hide it from a real run, which has null there."""
+    return [
+        title("GPUs", "-"),
+        *(
+            row(label, "not known (inside graphs)" if result[key] is None else 100.0 * result[key])
+            for label, key in (
+                ("Communication share of busy time (%):", "comm_share"),
+                ("Communication hidden by computation (%):", "overlap_fraction"),
+                ("Compute utilization (%):", "compute_utilization"),
+                ("Link utilization (%):", "link_utilization"),
+            )
+        ),
+    ]
 
 
 def caveats(result: dict[str, Any]) -> list[str]:
@@ -101,7 +126,8 @@ def _memory(result: dict[str, Any]) -> str:
     return f"{result['weights_gb_per_gpu']:.1f} / {'not known' if memory is None else format(memory, 'g')}"
 
 
-def _policy(result: dict[str, Any]) -> str:
+def policy_text(result: dict[str, Any]) -> str:
+    """The policy, its layout, and the switches that were changed."""
     layout = f"TP{result['tensor_parallel_size']} x PP{result['pipeline_parallel_size']}"
     return f"{result['policy']} ({layout})" + (f" {result['policy_options']}" if result["policy_options"] else "")
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from weft.runs import Run, RunConfig
 
 DEFAULT_MODELS = {"gloo": "tiny-opt", "nccl": "llama-3-8b"}
-WIDTH, LABEL = 58, 46
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -162,40 +161,21 @@ def _save(
 
 def console_block(result: dict[str, Any]) -> str:
     """The numbers of a real run, laid out as those of a simulated one."""
-    from weft.report import rate_text
+    from weft.report import WIDTH, gpu_rows, latency_rows, policy_text, request_rows, row, title
 
-    options = f" {result['policy_options']}" if result["policy_options"] else ""
-    layout = f"TP{result['tensor_parallel_size']} x PP{result['pipeline_parallel_size']}"
-    rows: list[tuple[str, Any]] = [
-        ("Model:", f"{result['model_id']} ({result['num_layers']} layers, {result['dtype']})"),
-        ("Ranks:", f"{result['node']} ({result['backend']})"),
-        ("Policy:", f"{result['policy']} ({layout}){options}"),
-        ("Successful requests:", result["completed"]),
-        ("Failed requests:", result["failed"]),
-        ("Request rate configured (RPS):", rate_text(result["request_rate"] or None)),
-        ("Benchmark duration (s):", result["duration"]),
-        ("Request throughput (req/s):", result["request_throughput"]),
-        ("Total Token throughput (tok/s):", result["total_token_throughput"]),
-        *((f"{name} E2EL (ms):", result[key]) for name, key in _latencies(result)),
-        ("Communication hidden by computation:", result["overlap_fraction"]),
-        ("Host, plan per round (us):", result["host_plan_us_per_round"]),
-        ("Host, issue per launch (us):", result["host_issue_us_per_launch"]),
-        ("Device waited for the host:", result["host_bound_fraction"]),
-        ("Batches / rounds / kernels:", f"{result['iterations']:,} / {result['rounds']:,} / {result['kernels']:,}"),
-        ("Output checksum:", result["output_checksum"][:16]),
+    lines = [
+        title(" Serving Benchmark Result ", "="),
+        row("Model:", f"{result['model_id']} ({result['num_layers']} layers, {result['dtype']})"),
+        row("Ranks:", f"{result['node']} ({result['backend']})"),
+        row("Policy:", policy_text(result)),
+        *request_rows(result),
+        *latency_rows(result),
+        *gpu_rows(result),
+        title("Execution", "-"),
+        row("Host, plan per round (us):", result["host_plan_us_per_round"]),
+        row("Host, issue per launch (us):", result["host_issue_us_per_launch"]),
+        row("Device waited for the host (%):", 100.0 * result["host_bound_fraction"]),
+        row("Batches / rounds / kernels:", f"{result['iterations']:,} / {result['rounds']:,} / {result['kernels']:,}"),
+        row("Output checksum:", result["output_checksum"][:16]),
     ]
-    lines = [" Serving Benchmark Result ".center(WIDTH, "=")]
-    lines += [f"{label:<{LABEL}} {_shown(value)}" for label, value in rows]
     return "\n".join([*lines, "=" * WIDTH])
-
-
-def _latencies(result: dict[str, Any]) -> list[tuple[str, str]]:
-    names = [("Mean", "mean_e2el_ms"), ("Median", "median_e2el_ms")]
-    shown = [key for key in result if key.startswith("p") and key.endswith("_e2el_ms") and key != "p50_e2el_ms"]
-    return names + [(f"P{key[1:-8]}", key) for key in sorted(shown, key=lambda key: float(key[1:-8]))]
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not known (inside graphs)"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

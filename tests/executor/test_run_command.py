@@ -17,8 +17,9 @@ from executor.order import RoundsHash
 from executor.settings import read_settings
 from models.config import MODELS
 from weft.cli import main
-from weft.executed import replay_result
+from weft.executed import SPLIT_KEYS, replay_result
 from weft.outputs import is_result_key
+from weft.report import gpu_rows
 
 SHORT = ["--backend", "gloo", "--num-prompts", "12", "--disable-tqdm"]
 
@@ -67,6 +68,11 @@ def test_the_timeline_is_a_chrome_trace_per_rank(saved: Path) -> None:
     assert {path.name for path in saved.parent.glob("*.gz")} == {"run.rank0.trace.json.gz", "run.rank1.trace.json.gz"}
 
 
+def test_what_graphs_hide_is_not_known() -> None:
+    rows = gpu_rows(dict.fromkeys(SPLIT_KEYS))
+    assert [line.endswith("not known (inside graphs)") for line in rows] == [False, True, True, True, True]
+
+
 def test_no_answer_is_lost_when_writing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +97,7 @@ def test_no_answer_is_lost_when_writing_fails(
 def test_what_torchrun_left_is_read_with_the_flags_that_made_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = ["run", *SHORT, "--policy", "tensor", "--slo-ms", "1000000", "--max-input-len", "40"]
+    made = ["run", *SHORT, "--policy", "tensor", "--slo-ms", "1e6", "--max-input-len", "40"]
     assert main([*made, "--write-settings", str(tmp_path / "s.json")]) == 0
     completions = tmp_path / "s" / "completions.jsonl"
     completions.write_text("of a run before\n")
@@ -100,7 +106,11 @@ def test_what_torchrun_left_is_read_with_the_flags_that_made_it(
     capsys.readouterr()
     read = ["--read-output", str(tmp_path / "s")]
     assert main([*made, *read]) == 0
-    assert "Successful requests:                           12" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Successful requests:                           12" in said
+    assert "SLO attainment (%):                            100.00" in said
+    assert re.search(r"Prompts shortened: +\d+\n", said)
+    assert "Communication hidden by computation (%):       0.00" in said
     for flags, difference in (
         (["--num-prompts", "9"], "(requests)"),
         (["--model", "tiny-llama"], "(model)"),
