@@ -28,7 +28,9 @@ def gamma(num: int, rate: float, burstiness: float, rng: np.random.Generator) ->
     if burstiness == math.inf:
         return constant(num, rate)
     if not burstiness >= SMALLEST:
-        raise ValueError(f"burstiness {burstiness:g} is not possible; give a gamma shape above 0 (1 is Poisson) or inf")
+        raise ValueError(
+            f"burstiness {burstiness:g} is not possible; give a gamma shape of {SMALLEST:g} (1: Poisson) to inf"
+        )
     gaps = rng.standard_gamma(burstiness, size=num - 1) / burstiness
     return np.concatenate(([0.0], np.cumsum(gaps))) * (US_PER_S / rate)
 
@@ -47,4 +49,6 @@ def _check(num: int, rate: float) -> None:
     if num < 1:
         raise ValueError(f"number of requests {num} is too small; give 1 or more")
     if not rate >= SMALLEST:
-        raise ValueError(f"request rate {rate:g} is not possible; give requests per second above 0, or inf")
+        raise ValueError(
+            f"request rate {rate:g} is not possible; give {SMALLEST:g} or more requests per second, or inf"
+        )

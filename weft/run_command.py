@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args, model=model, policy=args.policy)
     percentiles, extra = parse_percentiles(args.metric_percentiles), parse_metadata(args.metadata, args.label)
     result_file = _result_file(args, config, world)
+    if args.write_settings is not None:
+        _check_write_settings(args)
     check_outputs(result_file, args.timeline, args.write_settings, may_make_folder=args.result_dir is not None)
     if args.write_settings is not None:
         return _write_settings(args, config, world)
@@ -115,14 +117,43 @@ def _finished(args: argparse.Namespace, config: RunConfig, world: World) -> Iter
         yield made
 
 
+def _check_write_settings(args: argparse.Namespace) -> None:
+    """Raises ValueError for a file beside which no folder of its name can be, and for flags that would be ignored."""
+    path, folder = args.write_settings, args.write_settings.with_suffix("")
+    if not path.suffix:
+        raise ValueError(
+            f"--write-settings {path}: give the name an ending, as in {path}.json; {path} will be the results' folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"--write-settings {path}: results would go to {folder}, which is no folder; give another name"
+        )
+    if args.read_output is not None:
+        raise ValueError("--write-settings is for before the ranks run and --read-output for after; give one of them")
+    given = {
+        "--save-result": args.save_result,
+        "--save-detailed": args.save_detailed,
+        "--append-result": args.append_result,
+        "--result-dir": args.result_dir,
+        "--result-filename": args.result_filename,
+        "--metadata": args.metadata,
+        "--label": args.label,
+        "--metric-percentiles": args.metric_percentiles,
+    }
+    if ignored := [flag for flag, value in given.items() if value]:
+        raise ValueError(
+            f"--write-settings runs nothing, so there is no result for {', '.join(ignored)}; give it to --read-output"
+        )
+
+
 def _write_settings(args: argparse.Namespace, config: RunConfig, world: World) -> int:
     from executor.settings import encode
     from weft.executed import settings_of
 
     folder = args.write_settings.with_suffix("")
     settings = settings_of(config, world, folder.absolute(), record=args.timeline is not None)
-    folder.mkdir(exist_ok=True)
     write_whole(args.write_settings, encode(settings))
+    folder.mkdir(exist_ok=True)
     print(f"wrote {args.write_settings}; results will be in {folder}. Start {world.num_ranks} ranks, for example:")
     print(f"  torchrun --nproc-per-node {world.num_ranks} -m executor --settings {args.write_settings}")
     return 0

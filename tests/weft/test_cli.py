@@ -148,6 +148,25 @@ MISTAKES = [
         ["run", "--backend", "gloo", "--bind-address", "nosuch.host.invalid"],
         "--bind-address nosuch.host.invalid cannot be resolved to an IPv4 address (",
     ),
+    (["run", "--model", ""], "--model is empty; give a model id or a JSON file"),
+    (["run", "--checkpoint", ""], "argument --checkpoint: it is empty; give a name"),
+    (["run", "--request-rate", "1e-9"], "request rate 1e-09 is not possible; give 1e-06 or more requests per second"),
+    (
+        ["simulate", "--burstiness", "1e-9"],
+        "burstiness 1e-09 is not possible; give a gamma shape of 1e-06 (1: Poisson) to inf",
+    ),
+    (
+        ["run", "--write-settings", "plain"],
+        "--write-settings plain: give the name an ending, as in plain.json; plain will be the results' folder",
+    ),
+    (
+        ["run", "--write-settings", "{good}", "--read-output", "x"],
+        "--write-settings is for before the ranks run and --read-output for after; give one of them",
+    ),
+    (
+        ["run", "--write-settings", "s.json", "--save-result", "--result-filename", "q.json"],
+        "--write-settings runs nothing, so there is no result for --save-result, --result-filename; give it to --read",
+    ),
     (["run", "--backend", "gloo", "--port", "99999999"], "--port 99999999 is not possible; give 1 to 65535, or 0"),
 ]
 
@@ -168,6 +187,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert "Traceback" not in said.err
     assert said.out == ""
     assert list(folder.iterdir()) == []
+
+
+def test_settings_whose_folder_is_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "s").write_text("mine")
+    assert run_main("run", "--backend", "gloo", "--write-settings", "s.json") == 2
+    assert capsys.readouterr().err == (
+        "weft: error: --write-settings s.json: results would go to s, which is no folder; give another name\n"
+    )
+    assert [path.name for path in folder.iterdir()] == ["s"]
 
 
 def test_a_node_file_with_a_mistake_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
