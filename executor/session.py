@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -234,7 +234,8 @@ class Session:
         file: TextIO | None = None
         if is_output and run.completions_path:
             earlier = {other.completions_path for other in self.settings.runs[: len(self.logs)]}
-            mode = "a" if run.completions_path in earlier else "w"  # what another world left there is not of this one
+            # What another world left there is not of this one.
+            mode: Literal["a", "w"] = "a" if run.completions_path in earlier else "w"
             file = stack.enter_context(Path(run.completions_path).open(mode, encoding="utf-8"))  # noqa: SIM115 (the stack closes it)
         recorder = Recorder(self.place.rank, run.record, run.timing, file)
         progress = Progress(self._at_round, self.status.finished)

@@ -119,10 +119,10 @@ def test_what_torchrun_left_is_read_with_the_flags_that_made_it(
         (["--timeline", str(tmp_path / "t.json")], "(record False, not True)"),
     ):
         assert main([*made, *flags, *read]) == 2
-        said = capsys.readouterr()
-        assert said.err.count("\n") == 1
-        assert f"{tmp_path / 's'}: it was made with other settings than these flags give {difference}" in said.err
-        assert said.out == ""
+        refused = capsys.readouterr()
+        assert refused.err.count("\n") == 1
+        assert f"{tmp_path / 's'}: it was made with other settings than these flags give {difference}" in refused.err
+        assert refused.out == ""
 
 
 def _full_disk(path: Path, content: bytes) -> None:
