@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from executor.status import Steps
 from executor.weights import Traits, Wanted, Weights, assemble, default_traits
 from models.config import ModelConfig
 from models.transformer import Layout
@@ -188,6 +189,7 @@ class _Source:
         return self.where.get(tensor)
 
     def __call__(self, wanted: Wanted) -> torch.Tensor:
+        Steps.add()
         tensor = self._name(wanted)
         file = self.find(tensor)
         if file is None:

@@ -37,8 +37,9 @@ class Place:
 
     @property
     def patience(self) -> timedelta:
-        """How long a collective may take: longer than our launcher waits, for it can tell which rank is at fault."""
-        return timedelta(seconds=(1.5 if self.launched else 1.0) * self.timeout_s)
+        """How long a collective may take: a little longer than our launcher waits, for it can tell which rank is at
+        fault, and not so long that the world outlasts half a minute."""
+        return timedelta(seconds=(1.2 if self.launched else 1.0) * self.timeout_s)
 
 
 def device_of(backend: Backend, local_rank: int) -> torch.device:

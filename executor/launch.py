@@ -21,7 +21,7 @@ from executor.settings import Settings, encode
 
 PROGRAM = (sys.executable, "-m", "executor")
 # A rank says nothing while Python starts; after this long something is wrong.
-START_S = 60.0
+START_S = 25.0
 # When one rank goes, the others notice a lost connection; the first reason of its own within this time is the one told.
 GRACE_S = 1.5
 POLL_S = 0.1
@@ -43,6 +43,8 @@ class _Rank:
     moved_s: float
     phase: str = ""
     progress: int = 0
+    place: str = ""
+    waits: bool = False
     reason: str = ""
     is_peer: bool = False
     rest: bytes = b""
@@ -53,10 +55,22 @@ class _Rank:
         if "error" in message:
             self.reason, self.is_peer = message["error"], message["peer"]
         elif "phase" in message:
-            state = message["phase"], message["progress"]
-            if state != (self.phase, self.progress) or message["idle"]:
+            # Only rounds count in a run: its loop goes on and on, whatever becomes of them.
+            state = message["phase"], message["progress"], "" if self.runs else message["place"]
+            if state != (self.phase, self.progress, "" if self.runs else self.place) or message["idle"]:
                 self.moved_s = now_s
-            self.phase, self.progress = state
+            self.phase, self.progress, self.place = message["phase"], message["progress"], message["place"]
+            self.waits = message["waits"]
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is inside a run, where rounds follow each other without a pause."""
+        return self.phase.startswith("run ")
+
+    @property
+    def where(self) -> str:
+        """How far it is."""
+        return f"at round {self.progress}" if self.runs else f"in the phase `{self.phase}`"
 
     def why(self) -> str:
         """Why it is over, if it is: its own words, the signal that killed it, or its last line on stderr."""
@@ -94,11 +108,23 @@ class World:
                 own = [rank for rank in failed if not rank.is_peer and (rank.reason or rank.process.poll() is not None)]
                 if own or now_s - first_sign_s > GRACE_S:
                     self._drain(own or failed)
+                    if not own:
+                        self._tell_absent(failed[0], now_s)
                     self._fail((own or failed)[0])
             elif all(rank.process.poll() == 0 for rank in self.ranks):
                 self._listen()
                 return
             self._check_alive(now_s)
+
+    def _tell_absent(self, failed: _Rank, now_s: float) -> None:
+        """A rank gave up waiting for another: which has stood still, if one has?"""
+        half = self.settings.timeout_s / 2
+        others = [rank for rank in self.ranks if rank.process.poll() is None and not rank.reason and not rank.waits]
+        still = [rank for rank in others if now_s - rank.moved_s > half]
+        if still:
+            late = min(still, key=lambda rank: rank.moved_s)
+            why = f"made no progress for {now_s - late.moved_s:.0f} s"
+            self._fail(late, f"{why} ({late.where}), and rank {failed.number} waited for it in vain")
 
     def _drain(self, failed: list[_Rank]) -> None:
         """Its exit code may be known before its last words are read."""
@@ -124,14 +150,26 @@ class World:
         limit = self.settings.timeout_s
         for rank in self.ranks:
             silent = now_s - rank.heard_s
-            if rank.process.poll() is None and silent > (limit if rank.phase else START_S):
+            if rank.process.poll() is None and silent > (limit if rank.phase else max(START_S, limit)):
                 self._fail(rank, f"has not responded for {silent:.0f} s: it is stopped or hangs")
-        running = [rank for rank in self.ranks if rank.phase.startswith("run ")]
-        still = [rank for rank in running if now_s - rank.moved_s > limit]
-        if still and len(still) == len(running):
-            rank = min(still, key=lambda r: r.progress)
-            rounds = ", ".join(f"rank {r.number} at round {r.progress}" for r in running)
-            self._fail(rank, f"made no progress for {limit:.0f} s ({rounds})")
+        alive = [rank for rank in self.ranks if rank.process.poll() is None]
+        still = [rank for rank in alive if rank.phase and now_s - rank.moved_s > limit]
+        running = [rank for rank in self.ranks if rank.runs]
+        if (running and all(rank in still for rank in running)) or any(rank.waits for rank in still):
+            self._tell_laggard(still, all_still=len(still) == len(alive))
+
+    def _tell_laggard(self, still: list[_Rank], *, all_still: bool) -> None:
+        """Who holds up the others: the one that does not wait for any. If all wait, the one that is behind."""
+        busy = [rank for rank in still if not rank.waits]
+        if not busy and not all_still:
+            return  # somebody else still gets things done, and these wait for it
+        least = min((rank.progress for rank in still), default=0)
+        late = busy or [rank for rank in still if rank.progress == least]
+        why = f"made no progress for {self.settings.timeout_s:.0f} s"
+        stand = ", ".join(f"rank {rank.number} {rank.where}" for rank in self.ranks)
+        if len(late) == 1:
+            self._fail(late[0], f"{why} ({stand})")
+        self._fail(late[0], f"{why}, nor did the others that wait; which of them is at fault cannot be told ({stand})")
 
     def _fail(self, rank: _Rank, why: str = "") -> None:
         total = sum(len(run.requests) for run in self.settings.runs)

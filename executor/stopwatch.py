@@ -12,6 +12,7 @@ import torch
 from executor.cuda import elapsed_us, hold, new_event, on
 from executor.graphs import capture
 from executor.lanes import StreamKey
+from executor.status import Steps
 from policy.round import Lane
 
 Body = Callable[[], None]
@@ -35,6 +36,7 @@ class CpuStopwatch:
 
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
         """Median of the calls."""
+        Steps.add()
         times = []
         with torch.inference_mode():
             for call in calls:
@@ -62,12 +64,14 @@ class CudaStopwatch:
 
     def alone_us(self, key: StreamKey, calls: Sequence[Body]) -> float:
         """Median over a few replays of the mean call of a series."""
+        Steps.add()
         replay, captured = self._captured(key, calls)
         patience = 1 if captured else UNCAPTURED_PATIENCE
         return median(replays_us(self._stream_of(key), replay, SERIES, patience * HEAD_START_CYCLES)) / len(calls)
 
     def together_us(self, one: tuple[StreamKey, list[Body]], two: tuple[StreamKey, list[Body]]) -> tuple[float, float]:
         """Ends of both series, from the moment in which both could start: medians over a few replays."""
+        Steps.add()
         graphs = [(key, self._captured(key, calls)) for key, calls in (one, two)]
         ends = []
         for _ in range(SERIES):

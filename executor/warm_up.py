@@ -14,6 +14,7 @@ from executor.operations import Collective, Operation
 from executor.order import RoundsHash
 from executor.results import HostTime
 from executor.slots import Slot
+from executor.status import Steps
 from models.kernel import FunctionVector, Kind
 from models.transformer import BatchShape, function_vector
 from policy.batch import Batch
@@ -99,6 +100,7 @@ def _all_reduces(operations: Sequence[Operation]) -> Iterator[Collective]:
 
 def _at_once(device: Device, key: StreamKey, work: Callable[[], None]) -> None:
     """Nothing orders these pieces, so each is waited for."""
+    Steps.add()
     device.parts.lanes.synchronize(device.parts.lanes.run(key, (), work))
 
 
@@ -147,6 +149,7 @@ def run_through(device: Device, scheduler: Scheduler, shapes: Sequence[BatchShap
         while waiting and scheduler.has_room(len(scheduler.state.flights)):
             for batch in scheduler.enter((made_up_requests(waiting.pop()),), 0.0):
                 device.enter(batch, 0.0, Preparation(device, batch))
+        Steps.add()
         started = time.perf_counter()
         round_ = scheduler.next_round(0.0)
         assert round_ is not None

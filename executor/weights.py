@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from executor.status import Steps
 from models.config import ModelConfig
 from models.transformer import Layout
 
@@ -268,6 +269,7 @@ class RandomSource:
         return torch.cat(pieces, dim=axis) if len(pieces) > 1 else pieces[0].contiguous()
 
     def _block(self, wanted: Wanted, block: int, step: int) -> torch.Tensor:
+        Steps.add()
         shape = list(wanted.shape)
         shape[wanted.axis] = step
         key = f"{self.seed}/{wanted.layer}/{wanted.name}/{wanted.is_bias}/{block}".encode()

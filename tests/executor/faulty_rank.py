@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -50,10 +51,60 @@ def not_a_number() -> None:
     Gemm.__call__ = call  # type: ignore[method-assign]
 
 
+def _hang(*_: Any) -> Any:
+    time.sleep(1e6)
+
+
+def hang_loading() -> None:
+    """It beats, but never has its weights."""
+    from executor import session
+
+    setattr(session, "make_weights", _hang)  # noqa: B010 (not among its public names)
+
+
+def hang_planning() -> None:
+    """The host never ends the third round's plan."""
+    from executor.execute import Driver
+
+    honest = Driver._plan
+
+    def plan(self: Driver, note: Any) -> Any:
+        return honest(self, note) if self.host.rounds < 2 else _hang()
+
+    Driver._plan = plan  # type: ignore[method-assign]
+
+
+def hang_computing() -> None:
+    """A kernel never ends."""
+    from executor.operations import Gemm
+
+    Gemm.__call__ = _hang  # type: ignore[assignment, method-assign]
+
+
+def load_slowly() -> None:
+    """Much longer than others wait for one that stands still, but step by step."""
+    from executor import session
+    from executor.status import Steps
+
+    honest: Callable[..., Any] = vars(session)["make_weights"]
+
+    def make_weights(*arguments: Any) -> Any:
+        for _ in range(60):
+            Steps.add()
+            time.sleep(0.1)
+        return honest(*arguments)
+
+    setattr(session, "make_weights", make_weights)  # noqa: B010 (not among its public names)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "misorder": misorder,
     "out-of-memory": out_of_memory,
     "not-a-number": not_a_number,
+    "hang-loading": hang_loading,
+    "hang-planning": hang_planning,
+    "hang-computing": hang_computing,
+    "load-slowly": load_slowly,
 }
 
 if __name__ == "__main__":

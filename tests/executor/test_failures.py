@@ -90,6 +90,26 @@ def test_a_stuck_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        ("hang-loading", "in the phase `prepare run 0`"),
+        ("hang-planning", r"at round \d+"),
+        ("hang-computing", r"at round \d+"),
+    ],
+)
+def test_a_rank_that_beats_but_hangs(fault: str, where: str, tmp_path: Path) -> None:
+    """The others wait for it; that is what tells it from them."""
+    settings = Settings(runs=(run_of("tensor", Layout(2, 1)),), output=str(tmp_path), timeout_s=4.0)
+    broken = Broken(settings, _nothing, (sys.executable, faulty_rank.__file__, fault, "1"))
+    broken.check(rf"^rank 1 made no progress for 4 s \(rank 0 {where}, rank 1 {where}\); all ranks were ended")
+
+
+def test_a_rank_that_is_slow_is_waited_for(tmp_path: Path) -> None:
+    settings = Settings(runs=(run_of("tensor", Layout(2, 1)),), output=str(tmp_path), timeout_s=3.0)
+    launch(settings, program=(sys.executable, faulty_rank.__file__, "load-slowly", "1"))
+
+
+@pytest.mark.parametrize(
     ("fault", "rank", "pattern"),
     [
         (
