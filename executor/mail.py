@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import DistStoreError
 
 from executor.board import LARGEST, Board
+from executor.status import PeerError
 
 T = TypeVar("T")
 # The store takes values of at most 8 MiB.
@@ -83,9 +84,9 @@ class Mail:
         if self._board is not None:
             content = self._board.read(self._timeout.total_seconds(), self._look_around, meanwhile)
         if content is None:
-            raise DistStoreError(f"wait timeout after {self._timeout.total_seconds():g} s: no note of rank 0")
+            raise PeerError(f"rank 0 said nothing for {self._timeout.total_seconds():g} s")
         if not content:
-            content = self._get(f"{self._name}/note/{self._read}", self._timeout)
+            content = self._get(f"{self._name}/note/{self._read}", 0, self._timeout)
             self._read += 1
         return msgspec.msgpack.decode(content, type=Note)
 
@@ -101,10 +102,10 @@ class Mail:
             self._store.set(f"{self._name}/{name}/{number}", data[start : start + PART_BYTES])  # type: ignore[arg-type]
         self._store.set(f"{self._name}/{name}", str(len(parts)))
 
-    def take(self, name: str, kind: type[T]) -> T:
-        """What somebody left under that name; waits for it."""
-        parts = int(self._get(f"{self._name}/{name}"))
-        data = b"".join(self._get(f"{self._name}/{name}/{number}") for number in range(parts))
+    def take(self, name: str, kind: type[T], sender: int = 0) -> T:
+        """What a rank left under that name; waits for it."""
+        parts = int(self._get(f"{self._name}/{name}", sender))
+        data = b"".join(self._get(f"{self._name}/{name}/{number}", sender) for number in range(parts))
         return msgspec.msgpack.decode(data, type=kind)
 
     def gather(self, name: str, content: T, kind: type[T]) -> list[T]:
@@ -112,7 +113,7 @@ class Mail:
         if self.rank:
             self.give(f"{name}/{self.rank}", content)
             return []
-        return [content, *(self.take(f"{name}/{rank}", kind) for rank in range(1, self.num_ranks))]
+        return [content, *(self.take(f"{name}/{rank}", kind, rank) for rank in range(1, self.num_ranks))]
 
     def share(self, name: str, content: T, kind: type[T]) -> T:
         """Rank 0's content, on every rank."""
@@ -140,8 +141,12 @@ class Mail:
         self.gather(f"{name}/here", 0, int)
         self.share(f"{name}/go", 0, int)
 
-    def _get(self, key: str, timeout: timedelta | None = None) -> bytes:
-        self._store.wait([key], timeout or self._patience)
+    def _get(self, key: str, sender: int, timeout: timedelta | None = None) -> bytes:
+        patience = timeout or self._patience
+        try:
+            self._store.wait([key], patience)
+        except DistStoreError:  # the store itself is there, or this would be a DistNetworkError
+            raise PeerError(f"rank {sender} did not come to a meeting within {patience.total_seconds():g} s") from None
         return self._store.get(key)
 
 

@@ -26,6 +26,10 @@ LANE_WAITS = MEETINGS | {"CpuTicket.wait"}
 LANE = "CpuLanes._work"
 
 
+class PeerError(RuntimeError):
+    """Another rank is not there; the message says which, and that is the one that knows why."""
+
+
 class Steps:
     """Counts what a rank gets done before a run: tensors made, graphs captured, batches warmed up. A loop over such
     things stands in the same place whenever it is looked at, but it does not stand still."""
