@@ -21,7 +21,7 @@ from executor.settings import Settings, encode
 
 PROGRAM = (sys.executable, "-m", "executor")
 # A rank says nothing while Python starts; after this long something is wrong.
-START_S = 25.0
+START_S = 60.0
 # When one rank goes, the others notice a lost connection; the first reason of its own within this time is the one told.
 GRACE_S = 1.5
 POLL_S = 0.1

@@ -20,6 +20,8 @@ Backend = Literal["gloo", "nccl"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 # Longer than any pause of a healthy rank, short enough that a stuck world is gone within half a minute.
 DEFAULT_TIMEOUT_S = 20.0
+# So many requests are compared between ranks one by one, field by field; more of them in chunks.
+MOST_NAMED, CHUNK = 2000, 100
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,7 +142,8 @@ def read_settings(path: Path) -> Settings:
 
 
 def flags(settings: Settings) -> dict[str, str]:
-    """What must be equal on every rank, by name, short enough to compare; request lists as a hash."""
+    """What must be equal on every rank, by name, field by field; of many requests a hash for each CHUNK of them, so that
+    few words tell which differ."""
     named: dict[str, str] = {"backend": settings.backend, "timeout_s": str(settings.timeout_s)}
     for number, run in enumerate(settings.runs):
         named |= {f"runs[{number}].{name}": text for name, text in run_flags(run).items()}
@@ -149,10 +152,34 @@ def flags(settings: Settings) -> dict[str, str]:
 
 def run_flags(run: RunSettings) -> dict[str, str]:
     """One run's settings by name, short enough to compare and to keep beside its results."""
-    texts = {name: repr(getattr(run, name)) for name in run.__struct_fields__}
-    return {
-        name: text if len(text) < 400 else hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
-    }
+    named: dict[str, str] = {}
+    for name in run.__struct_fields__:
+        value = getattr(run, name)
+        if name == "requests":
+            named.update(_request_flags(value))
+        elif is_dataclass(value) and not isinstance(value, type):
+            named.update({f"{name}.{field}": repr(item) for field, item in asdict(value).items()})
+        else:
+            named[name] = _shortened(repr(value))
+    return named
+
+
+def _request_flags(requests: tuple[Request, ...]) -> dict[str, str]:
+    """Few requests field by field; of many, hashes."""
+    named = {"requests: their number": str(len(requests))}
+    if len(requests) <= MOST_NAMED:
+        for place, request in enumerate(requests):
+            named.update({f"requests[{place}].{field}": repr(value) for field, value in asdict(request).items()})
+        return named
+    for start in range(0, len(requests), CHUNK):
+        part = requests[start : start + CHUNK]
+        named[f"requests[{start}:{start + len(part)}]"] = hashlib.sha256(repr(part).encode()).hexdigest()
+    return named
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a long text, and a hash of all of it."""
+    return text if len(text) < 60 else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _finite(value: Any) -> Any:

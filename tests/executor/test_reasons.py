@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import pytest
 
 from executor.__main__ import _is_peer, _peer_reason, _reason
+from executor.settings import RunSettings, Settings, flags
+from models.transformer import Layout
+from tests.executor.worlds import run_of
 
 GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/"
 CLOSED = "Connection closed by peer [127.0.0.1]:62083. Check the logs. GLHF! 🏖️"
@@ -44,3 +50,20 @@ def test_out_of_memory_on_a_cpu(said: str) -> None:
     assert reason.startswith("out of memory: ")
     assert reason.endswith("; use more ranks, fewer layers, or smaller batches")
     assert "alloc_cpu.cpp" not in reason
+
+
+def _first_difference(one: RunSettings, other: RunSettings) -> tuple[str, str | None, str | None]:
+    mine, theirs = flags(Settings(runs=(one,))), flags(Settings(runs=(other,)))
+    name = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
+    return name, mine.get(name), theirs.get(name)
+
+
+def test_other_flags_are_told_by_field() -> None:
+    run = run_of("tensor", Layout(2, 1))
+    deeper = msgspec.structs.replace(run, options=replace(run.options, depth=4))
+    assert _first_difference(run, deeper) == ("runs[0].options.depth", "3", "4")
+    later = (*run.requests[:3], replace(run.requests[3], num_prompt_tokens=9), *run.requests[4:])
+    named = _first_difference(run, msgspec.structs.replace(run, requests=later))
+    assert named == ("runs[0].requests[3].num_prompt_tokens", "36", "9")
+    wider = msgspec.structs.replace(run, model=replace(run.model, num_layers=2))
+    assert _first_difference(run, wider) == ("runs[0].model.num_layers", "3", "2")
