@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from executor.status import Steps
 from executor.weights import Traits, Wanted, Weights, assemble, default_traits
-from models.config import ModelConfig
+from models.config import MODELS, ModelConfig, load_model
 from models.transformer import Layout
 
 INDEX = "model.safetensors.index.json"
@@ -53,11 +53,32 @@ def load_checkpoint(
     traits = default_traits(config) if own else _traits(raw, config, folder / "config.json")
     with ExitStack() as stack:
         files = _open_all(folder, stack)
+        _compare(folder / "config.json", config)
         source = _Source(folder, config, files, torch.device(device), dtype, _style(folder, config, files, own))
         tied = source.find("lm_head.weight") is None
         if tied and raw.get("tie_word_embeddings") is False:
             raise ValueError(f"{folder}: tensor lm_head.weight is missing, and config.json says that it is not tied")
         return assemble(config, layout, rank, source, replace(traits, tied=tied))
+
+
+def _compare(path: Path, config: ModelConfig) -> None:
+    """Refuse a config.json that describes another model: the same tensors cut into other heads, say, give numbers that
+    only look right. Fewer positions are fine, and fewer layers of a model that has as many as the file when whole."""
+    known = load_model(str(path.absolute()))
+    for name in (f.name for f in fields(ModelConfig)):
+        there, here = getattr(known, name), getattr(config, name)
+        if name == "model_id" or there == here or (name == "max_positions" and there > here):
+            continue
+        if name == "num_layers" and there > here and _is_cut(config):
+            continue
+        more = "; ask for the first ones with --layers" if name == "num_layers" and there > here else ""
+        raise ValueError(f"{path}: {name} is {there!r}, but the model {config.model_id} has {here!r}{more}")
+
+
+def _is_cut(config: ModelConfig) -> bool:
+    """Whether these may be a model's first layers alone, asked for by --layers. A model from a file may always."""
+    whole = MODELS.get(config.model_id)
+    return whole is None or config.num_layers < whole.num_layers
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_logits_equal_hugging_face(
         assert float((found - expected).abs().max() / expected.abs().max()) < 2e-5
 
 
-GLM = {"model_id": "small-glm", "family": "glm", "num_layers": 3, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 4,
+GLM: dict[str, Any] = {"model_id": "small-glm", "family": "glm", "num_layers": 3, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 4,
        "head_dim": 12, "ffn_size": 80, "gated": True, "vocab_size": 96, "max_positions": 32}  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_glm_equals_a_plain_deepnorm_model(layout: Layout, tmp_path: Path, make_
 
 
 def load_glm(folder: Path) -> None:
-    config = ModelConfig(**GLM)  # type: ignore[arg-type]
+    config = ModelConfig(**GLM)
     load_checkpoint(folder, config, Layout(2, 1), 1, "cpu", torch.float32)
 
 
@@ -237,3 +237,29 @@ def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     resave(tmp_path, tensors)
     with pytest.raises(ValueError, match=r"lm_head.weight is missing"):
         load_checkpoint(tmp_path, load_model(str(tmp_path)), Layout(), 0, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 2, "num_kv_heads": 2, "head_dim": 24}, "num_heads is 4, but the model small-glm has 2"),
+        ({"max_positions": 64}, "max_positions is 32, but the model small-glm has 64"),
+        ({"num_layers": 4}, "num_layers is 3, but the model small-glm has 4"),
+    ],
+)
+def test_a_config_beside_the_weights_that_contradicts_the_model(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_glm(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path, ModelConfig(**GLM | changes), Layout(), 0, "cpu", torch.float32)
+
+
+def test_fewer_layers_only_if_asked_for(tmp_path: Path) -> None:
+    save_glm(tmp_path)
+    cut = ModelConfig(**GLM | {"num_layers": 2})
+    assert len(load_checkpoint(tmp_path, cut, Layout(), 0, "cpu", torch.float32).layers) == 2
+    (tmp_path / "config.json").write_text(json.dumps(GLM | {"num_layers": 5}))
+    whole = ModelConfig(**GLM | {"model_id": "tiny-glm", "num_layers": 4})  # as many as that model has
+    with pytest.raises(ValueError, match=r"num_layers is 5, but the model tiny-glm has 4; .* --layers"):
+        load_checkpoint(tmp_path, whole, Layout(), 0, "cpu", torch.float32)
