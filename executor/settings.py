@@ -13,6 +13,7 @@ import msgspec
 from models.config import ModelConfig
 from models.transformer import Layout
 from policy.options import Options
+from policy.profile_table import profile_from
 from policy.scheduler import POLICIES
 from traces.request import Request
 
@@ -20,6 +21,8 @@ Backend = Literal["gloo", "nccl"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 # Longer than any pause of a healthy rank, short enough that a stuck world is gone within half a minute.
 DEFAULT_TIMEOUT_S = 20.0
+# Each batch in flight takes buffers, a warm-up and a set of graphs; a device is full with far fewer.
+MOST_DEPTH = 256
 # So many requests are compared between ranks one by one, field by field; more of them in chunks.
 MOST_NAMED, CHUNK = 2000, 100
 
@@ -77,13 +80,44 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             values = getattr(self, name)
             if not values or min(values) < 0:
                 raise ValueError(f"{name} is {values!r}; it must be a list of counts, 0 or more")
+        if self.delay_seed < 0:
+            raise ValueError(f"delay_seed is {self.delay_seed}; it must be 0 or more")
+        if self.options.depth > MOST_DEPTH:
+            raise ValueError(f"options.depth is {self.options.depth}; it must be at most {MOST_DEPTH}, for every batch "
+                             "in flight has buffers of its own")  # fmt: skip
+        self._check_requests()
+        self._check_profile()
+        self.layout.check(self.model)
+
+    def _check_requests(self) -> None:
+        seen: set[int] = set()
+        for request in self.requests:
+            number = request.request_id
+            if number in seen:
+                raise ValueError(f"request id {number} is there twice; every request needs its own")
+            seen.add(number)
+            if request.num_prompt_tokens < 1:
+                raise ValueError(
+                    f"request {number} has {request.num_prompt_tokens} prompt tokens; it must be 1 or more"
+                )
+            if not math.isfinite(request.arrival_us):
+                raise ValueError(f"request {number} has arrival_us {request.arrival_us!r}; it must be a finite number")
         longest = max(self.requests, key=lambda r: r.num_prompt_tokens)
         if longest.num_prompt_tokens > self.model.max_positions:
             raise ValueError(
                 f"request {longest.request_id} has {longest.num_prompt_tokens} prompt tokens, but "
                 f"{self.model.model_id} has {self.model.max_positions} positions"
             )
-        self.layout.check(self.model)
+
+    def _check_profile(self) -> None:
+        """Also that no CTAs are believed in for which there will be no communicator."""
+        if self.profile is None:
+            return
+        ctas = profile_from(self.profile).ctas
+        unknown = sorted({*ctas} - {0, *self.ctas})
+        if unknown and self.options.comm_ctas < 0:
+            raise ValueError(f"the profile's ctas are {list(ctas)}, but those of the run are {list(self.ctas)}: "
+                             f"{unknown[0]} is not among them")  # fmt: skip
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,7 +145,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not 1.0 <= self.timeout_s <= 600.0:
             raise ValueError(f"timeout is {self.timeout_s!r} s; it must be 1 to 600")
         for number, run in enumerate(self.runs):
-            run.check()
+            try:
+                run.check()
+            except ValueError as error:
+                raise ValueError(f"runs[{number}]: {error}" if len(self.runs) > 1 else str(error)) from None
             if run.layout.num_ranks != self.num_ranks:
                 raise ValueError(f"run {number} needs {run.layout.num_ranks} ranks and run 0 {self.num_ranks}; "
                                  "runs of one world need the same number")  # fmt: skip
@@ -132,7 +169,10 @@ def decode(content: bytes, source: str) -> Settings:
         settings = msgspec.convert(msgspec.json.decode(content), Settings, strict=False)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"{source}: not the settings of a run ({error})") from None
-    settings.check()
+    try:
+        settings.check()
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return settings
 
 

@@ -62,13 +62,13 @@ class Table:
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.name = str(_need(data, "name"))
-        self.gemms = {(str(_need(e, "name")), int(_need(e, "withheld"))): _sheet(e) for e in _need(data, "gemms")}
+        self.gemms = {(str(_need(e, "name")), _count(e, "withheld")): _sheet(e) for e in _entries(data, "gemms")}
         self.others = {
-            (str(_need(e, "name")), int(_need(e, "withheld"))): _curve(e, "bytes") for e in _need(data, "others")
+            (str(_need(e, "name")), _count(e, "withheld")): _curve(e, "bytes") for e in _entries(data, "others")
         }
-        self.comms = {(str(_need(e, "kind")), int(_need(e, "ctas"))): _curve(e, "bytes") for e in _need(data, "comms")}
+        self.comms = {(str(_need(e, "kind")), _count(e, "ctas")): _curve(e, "bytes") for e in _entries(data, "comms")}
         self.pairs: dict[tuple[str, int, int], list[Pair]] = {}
-        for entry in _need(data, "pairs"):
+        for entry in _entries(data, "pairs"):
             self.pairs.setdefault(_pair_key(entry), []).append(_pair(entry))
 
     def solo_us(self, kernel: Kernel, withheld_sms: int, max_ctas: int) -> float:
@@ -108,7 +108,7 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
     """
     table = Table(data)
     return Profile(
-        table.name, table.solo_us, table.contention, tuple(_need(data, "partitions")), tuple(_need(data, "ctas")),
+        table.name, table.solo_us, table.contention, _counts(data, "partitions"), _counts(data, "ctas"),
         launch_us=_number(data, "launch_us", 0.0),
         round_us=_number(data, "round_us", 0.0),
         crossing_us=_number(data, "crossing_us", 0.0),
@@ -120,11 +120,42 @@ def profile_from(data: Mapping[str, Any]) -> Profile:
 
 def _number(data: Mapping[str, Any], name: str, otherwise: float, *, is_factor: bool = False) -> float:
     value = data.get(name, otherwise)
-    if not isinstance(value, int | float) or not 0.0 <= value < float("inf") or (is_factor and not value):
+    if not _is_amount(value) or (is_factor and not value):
         raise ValueError(
             f"a profile table's {name} is {value!r}; it must be a number {'above' if is_factor else 'from'} 0"
         )
     return float(value)
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < float("inf")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _count(entry: Mapping[str, Any], name: str) -> int:
+    value = _need(entry, name)
+    if not _is_count(value):
+        raise ValueError(
+            f"a profile table has an entry whose {name} is {value!r}; it must be a whole number, 0 or more"
+        )
+    return int(value)
+
+
+def _counts(data: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    values = _need(data, name)
+    if not isinstance(values, list | tuple) or not values or not all(map(_is_count, values)):
+        raise ValueError(f"a profile table's {name} is {values!r}; it must be a list of counts, 0 or more")
+    return tuple(values)
+
+
+def _entries(data: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
+    entries = _need(data, name)
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"a profile table's {name} is not a list of objects")
+    return entries
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
@@ -141,7 +172,7 @@ def _need(data: Mapping[str, Any], key: str) -> Any:
 
 
 def _pair_key(entry: Mapping[str, Any]) -> tuple[str, int, int]:
-    return str(_need(entry, "kind")), int(_need(entry, "withheld")), int(_need(entry, "ctas"))
+    return str(_need(entry, "kind")), _count(entry, "withheld"), _count(entry, "ctas")
 
 
 def _pair(entry: Mapping[str, Any]) -> Pair:
@@ -159,15 +190,23 @@ def _curve(entry: Mapping[str, Any], sizes: str, values: str = "us", *, grows: b
 def _sheet(entry: Mapping[str, Any]) -> Sheet:
     cols, by_cols = _need(entry, "cols"), _need(entry, "us")
     name = str(_need(entry, "name"))
+    if not isinstance(by_cols, list | tuple):
+        raise ValueError(f"profile table of {name}: us is {by_cols!r}; it must be a list for each number of cols")
     _checked(cols, [1.0] * len(by_cols), name, True)
     return Sheet(tuple(cols), tuple(_checked(_need(entry, "rows"), values, name, True) for values in by_cols))
 
 
 def _checked(sizes: Sequence[float], values: Sequence[float], name: str, grows: bool) -> Curve:
+    for numbers in (sizes, values):
+        if not isinstance(numbers, list | tuple):
+            raise ValueError(f"profile table of {name}: {numbers!r} is where a list of numbers must be")
+        if wrong := [number for number in numbers if not _is_amount(number)]:
+            raise ValueError(f"profile table of {name}: {wrong[0]!r} is among its numbers; sizes and "
+                             "values must not be negative")  # fmt: skip
     if not sizes or len(sizes) != len(values):
         raise ValueError(
             f"profile table of {name}: {len(sizes)} sizes and {len(values)} values; they must be equally many"
         )
-    if any(a >= b for a, b in pairwise(sizes)) or not all(value >= 0.0 for value in values):
-        raise ValueError(f"profile table of {name}: sizes must grow and values must not be negative")
+    if any(a >= b for a, b in pairwise(sizes)):
+        raise ValueError(f"profile table of {name}: sizes must grow")
     return Curve(tuple(map(float, sizes)), tuple(map(float, values)), grows)

@@ -85,8 +85,9 @@ def test_logits_equal_hugging_face(
         assert float((found - expected).abs().max() / expected.abs().max()) < 2e-5
 
 
-GLM: dict[str, Any] = {"model_id": "small-glm", "family": "glm", "num_layers": 3, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 4,
-       "head_dim": 12, "ffn_size": 80, "gated": True, "vocab_size": 96, "max_positions": 32}  # fmt: skip
+GLM: dict[str, Any] = {"model_id": "small-glm", "family": "glm", "num_layers": 3, "hidden_size": 48, "num_heads": 4,
+                       "num_kv_heads": 4, "head_dim": 12, "ffn_size": 80, "gated": True, "vocab_size": 96,
+                       "max_positions": 32}  # fmt: skip
 
 
 def save_glm(folder: Path) -> dict[str, torch.Tensor]:
