@@ -182,8 +182,8 @@ def read_settings(path: Path) -> Settings:
 
 
 def flags(settings: Settings) -> dict[str, str]:
-    """What must be equal on every rank, by name, field by field; of many requests a hash for each CHUNK of them, so that
-    few words tell which differ."""
+    """What must be equal on every rank, by name, field by field; of many requests a hash for each CHUNK of them, so
+    that few words tell which differ."""
     named: dict[str, str] = {"backend": settings.backend, "timeout_s": str(settings.timeout_s)}
     for number, run in enumerate(settings.runs):
         named |= {f"runs[{number}].{name}": text for name, text in run_flags(run).items()}
