@@ -17,6 +17,7 @@ from executor.recorder import Recorder
 from executor.results import HostTime
 from executor.settings import RunSettings
 from executor.slots import Slot
+from executor.status import Steps
 from policy.batch import Batch
 from policy.round import Launch, Mark, Round
 from policy.scheduler import Admission, Scheduler
@@ -231,8 +232,9 @@ class Driver:
         if would_wait:
             self.device.order.settle()
             self.rounds.settle()
-        for mark in marks:
-            self._await(mark)
+        with Steps.waiting():  # for its device, which may wait for others'
+            for mark in marks:
+                self._await(mark)
         self.host.issue_s += issued - started
         self.host.plan_s += foreseen - issued
         self.host.synchronize_s += time.perf_counter() - foreseen

@@ -43,7 +43,7 @@ class _Rank:
     moved_s: float
     phase: str = ""
     progress: int = 0
-    place: str = ""
+    steps: int = 0
     waits: bool = False
     reason: str = ""
     is_peer: bool = False
@@ -56,10 +56,10 @@ class _Rank:
             self.reason, self.is_peer = message["error"], message["peer"]
         elif "phase" in message:
             # Only rounds count in a run: its loop goes on and on, whatever becomes of them.
-            state = message["phase"], message["progress"], "" if self.runs else message["place"]
-            if state != (self.phase, self.progress, "" if self.runs else self.place) or message["idle"]:
+            state = message["phase"], message["progress"], 0 if self.runs else message["steps"]
+            if state != (self.phase, self.progress, 0 if self.runs else self.steps) or message["idle"]:
                 self.moved_s = now_s
-            self.phase, self.progress, self.place = message["phase"], message["progress"], message["place"]
+            self.phase, self.progress, self.steps = message["phase"], message["progress"], message["steps"]
             self.waits = message["waits"]
 
     @property
@@ -169,7 +169,7 @@ class World:
         stand = ", ".join(f"rank {rank.number} {rank.where}" for rank in self.ranks)
         if len(late) == 1:
             self._fail(late[0], f"{why} ({stand})")
-        self._fail(late[0], f"{why}, nor did the others that wait; which of them is at fault cannot be told ({stand})")
+        self._fail(late[0], f"{why}, nor did the others, and which is at fault cannot be told ({stand})")
 
     def _fail(self, rank: _Rank, why: str = "") -> None:
         total = sum(len(run.requests) for run in self.settings.runs)

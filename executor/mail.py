@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import DistStoreError
 
 from executor.board import LARGEST, Board
-from executor.status import PeerError
+from executor.status import PeerError, Steps
 
 T = TypeVar("T")
 # The store takes values of at most 8 MiB.
@@ -82,7 +82,8 @@ class Mail:
         """The next note of rank 0; waits for it, and calls `meanwhile` now and then if notes come by memory."""
         content: bytes | None = b""
         if self._board is not None:
-            content = self._board.read(self._timeout.total_seconds(), self._look_around, meanwhile)
+            with Steps.waiting():
+                content = self._board.read(self._timeout.total_seconds(), self._look_around, meanwhile)
         if content is None:
             raise PeerError(f"rank 0 said nothing for {self._timeout.total_seconds():g} s")
         if not content:
@@ -144,7 +145,8 @@ class Mail:
     def _get(self, key: str, sender: int, timeout: timedelta | None = None) -> bytes:
         patience = timeout or self._patience
         try:
-            self._store.wait([key], patience)
+            with Steps.waiting():
+                self._store.wait([key], patience)
         except DistStoreError:  # the store itself is there, or this would be a DistNetworkError
             raise PeerError(f"rank {sender} did not come to a meeting within {patience.total_seconds():g} s") from None
         return self._store.get(key)

@@ -16,6 +16,7 @@ from executor.garbage import collected
 from executor.mail import Mail
 from executor.plan_cache import Plan, PlanCache
 from executor.settings import RunSettings
+from executor.status import Steps
 from executor.warm_up import TURNS, run_through
 from models.transformer import BatchShape, Vectors, function_vector
 from policy.batching import shape_of
@@ -80,6 +81,7 @@ class Rehearsal:
 
     def believed_us(self, options: Options, regime_of: RegimeOf) -> float:
         """How long it takes in belief."""
+        Steps.add()
         vectors = tuple(function_vector(self.run.model, shape, self.run.layout, 0) for shape in self.shapes)
         return roll(vectors, regime_of, options, self.profile).total_us
 
@@ -146,7 +148,11 @@ def regimes_of(
         return None
     pairs = list(product(shapes, shapes)) if all_pairs else neighbours(run)
     vectors = {shape: function_vector(run.model, shape, run.layout, 0) for pair in pairs for shape in pair}
-    return [choose_regime((vectors[one], vectors[two]), run.options, profile) for one, two in pairs]
+    regimes = []
+    for one, two in pairs:
+        regimes.append(choose_regime((vectors[one], vectors[two]), run.options, profile))
+        Steps.add()
+    return regimes
 
 
 def neighbours(run: RunSettings) -> list[tuple[BatchShape, BatchShape]]:

@@ -2,8 +2,7 @@
 
 The channel is a pipe with one JSON line per message. Under torchrun there is none, and nothing is said.
 
-A rank that beats may still hang. So each beat also says where the main thread stands, and whether that is a wait for
-others. Nothing has to be announced for that, and waiting costs nothing: the beating thread looks at the stack.
+A rank that beats may still hang. So each beat also says how much the rank has done, and whether it waits for others.
 """
 
 from __future__ import annotations
@@ -13,17 +12,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from contextlib import contextmanager
 from typing import Any
 
 BEAT_S = 0.5
-# Functions in which a rank waits for others: for what they say, or for a collective to come about ...
-MEETINGS = {"Mail._get", "Mail.next", "start_world", "Groups.warm_up", "Groups._move", "Groups.call_of.<locals>.call"}
-# ... and those in which the host waits for its device, which may wait for others.
-DEVICE_WAITS = {"CpuLanes.synchronize", "CudaLanes.synchronize", "Driver._await", "synchronize", "Event.synchronize"}
-# Where a CPU lane is when it does no work of its own.
-LANE_WAITS = MEETINGS | {"CpuTicket.wait"}
-LANE = "CpuLanes._work"
 
 
 class PeerError(RuntimeError):
@@ -31,15 +23,28 @@ class PeerError(RuntimeError):
 
 
 class Steps:
-    """Counts what a rank gets done before a run: tensors made, graphs captured, batches warmed up. A loop over such
-    things stands in the same place whenever it is looked at, but it does not stand still."""
+    """What a rank gets done before a run, counted (tensors made, graphs captured, batches warmed up), and whether it
+    waits for another rank now. Who neither waits nor gets on holds up the others.
 
-    count = 0
+    Told, and not looked up on the stack: frames that another thread holds keep events and graphs alive, which then go
+    in the middle of a capture."""
+
+    count, waits = 0, False
 
     @classmethod
     def add(cls) -> None:
         """One more."""
         cls.count += 1
+
+    @classmethod
+    @contextmanager
+    def waiting(cls) -> Iterator[None]:
+        """Within this block it is another rank's turn."""
+        cls.waits = True
+        try:
+            yield
+        finally:
+            cls.waits = False
 
 
 class Status:
@@ -49,25 +54,23 @@ class Status:
         self.rank, self._fd = rank, fd
         self._lock = threading.Lock()
         self.phase, self.progress, self.idle = "start", 0, False
-        self._main = threading.get_ident()
         if fd >= 0:
             threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
         # A stopped process stops all of its threads; a beating one whose progress stands still waits for another rank.
         while True:
-            place, waits = standing(self._main)
-            self._tell(place, waits)
+            self._tell()
             threading.Event().wait(BEAT_S)
 
-    def _tell(self, place: int, waits: bool) -> None:
-        self.send({"phase": self.phase, "progress": self.progress, "idle": self.idle, "waits": waits,
-                   "place": f"{Steps.count}/{place}"})  # fmt: skip
+    def _tell(self) -> None:
+        self.send({"phase": self.phase, "progress": self.progress, "idle": self.idle, "waits": Steps.waits,
+                   "steps": Steps.count})  # fmt: skip
 
     def enter(self, phase: str) -> None:
         """The rank begins something else."""
         self.phase, self.idle = phase, False
-        self._tell(0, False)
+        self._tell()
 
     def finished(self, requests: int) -> None:
         """So many more requests are answered."""
@@ -89,35 +92,6 @@ class Status:
                 os.write(self._fd, json.dumps(message).encode() + b"\n")
             except OSError:
                 self._fd = -1
-
-
-def standing(thread: int) -> tuple[int, bool]:
-    """A number for the place where a thread stands, the same as long as it stands there, and whether it waits for other
-    ranks: in a meeting, or for a device that has nothing of its own to do."""
-    frames = sys._current_frames()
-    path: list[tuple[str, int]] = []
-    for frame in _from_outermost(frames.get(thread)):
-        name = frame.f_code.co_qualname
-        if name in MEETINGS:
-            return hash((*path, name)), True
-        if name in DEVICE_WAITS:  # it may look again and again: what is inside is one place
-            return hash((*path, name)), not any(_works(other) for other in frames.values())
-        path.append((name, frame.f_lasti))
-    return hash(tuple(path)), False
-
-
-def _works(innermost: FrameType) -> bool:
-    """Whether this is a CPU lane inside a piece of work, and not in a collective."""
-    names = [frame.f_code.co_qualname for frame in _from_outermost(innermost)]
-    return LANE in names[:-1] and not LANE_WAITS.intersection(names)
-
-
-def _from_outermost(frame: FrameType | None) -> Iterator[FrameType]:
-    found = []
-    while frame is not None:
-        found.append(frame)
-        frame = frame.f_back
-    return reversed(found)
 
 
 def watch_parent() -> None:

@@ -94,7 +94,6 @@ def test_a_stuck_rank(tmp_path: Path) -> None:
     [
         ("hang-loading", "in the phase `prepare run 0`"),
         ("hang-planning", r"at round \d+"),
-        ("hang-computing", r"at round \d+"),
     ],
 )
 def test_a_rank_that_beats_but_hangs(fault: str, where: str, tmp_path: Path) -> None:
@@ -102,6 +101,14 @@ def test_a_rank_that_beats_but_hangs(fault: str, where: str, tmp_path: Path) -> 
     settings = Settings(runs=(run_of("tensor", Layout(2, 1)),), output=str(tmp_path), timeout_s=4.0)
     broken = Broken(settings, _nothing, (sys.executable, faulty_rank.__file__, fault, "1"))
     broken.check(rf"^rank 1 made no progress for 4 s \(rank 0 {where}, rank 1 {where}\); all ranks were ended")
+
+
+def test_a_device_that_hangs_is_not_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
+    settings = Settings(runs=(run_of("tensor", Layout(2, 1)),), output=str(tmp_path), timeout_s=4.0)
+    broken = Broken(settings, _nothing, (sys.executable, faulty_rank.__file__, "hang-computing", "1"))
+    broken.check(
+        r"^rank 0 made no progress for 4 s, nor did the others, and which is at fault cannot be told \(rank 0 at"
+    )
 
 
 def test_a_rank_that_is_slow_is_waited_for(tmp_path: Path) -> None:
