@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -186,9 +187,12 @@ def launch(
     """Run a world to its end; the results are in the settings' output folder.
 
     `progress(n)` is told of every n answered requests, `started` of the process ids. `program` is what a rank runs.
-    Raises ValueError for impossible settings, OSError for an occupied port, WorldError when a rank fails.
+    Raises ValueError for impossible settings, OSError for an occupied port, WorldError when a rank fails, and
+    ModuleNotFoundError without torch, which every rank would need.
     """
     settings.check()
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     with _listener(settings) as listener, tempfile.TemporaryDirectory(prefix="weft-") as folder:
         path = Path(folder) / "settings.json"
         path.write_bytes(encode(settings))

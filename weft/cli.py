@@ -15,6 +15,8 @@ from typing import NoReturn
 MISTAKE = 2
 INTERRUPTED = 130
 NO_READER = 141
+# What a plain install leaves out, and the extra of weft that brings it.
+EXTRA_OF = {"torch": "executor", "safetensors": "executor", "scipy": "calibration"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"weft: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError) as error:
-        if os.environ.get("WEFT_TRACEBACK"):
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("WEFT_TRACEBACK") or (isinstance(error, ImportError) and error.name not in EXTRA_OF):
             raise
         _say(_in_words(error))
         return MISTAKE
@@ -115,7 +117,10 @@ def _say(message: str) -> None:
     print("weft: error: " + " ".join(message.split()), file=sys.stderr)
 
 
-def _in_words(error: ValueError | OSError) -> str:
+def _in_words(error: ValueError | OSError | ModuleNotFoundError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRA_OF[str(error.name)]
+        return f"this needs {error.name}, which is not installed; install the extra: pip install -e '.[{extra}]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error) or type(error).__name__

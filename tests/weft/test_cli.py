@@ -273,6 +273,31 @@ def test_an_interrupt_while_commands_are_imported_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (130, "weft: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("torch", ["run", "--num-prompts", "2"], "executor"),
+        ("scipy", ["validate", "--node", "a100-pcie-x4", "--measurements", "."], "calibration"),
+    ],
+)
+def test_what_a_plain_install_lacks_is_named_with_its_extra(package: str, command: list[str], extra: str) -> None:
+    code = (
+        "import importlib.abc, sys\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name.partition('.')[0] == '{package}':\n"
+        f"            raise ModuleNotFoundError('no', name='{package}')\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from weft.cli import main\n"
+        f"sys.exit(main({command}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    told = (
+        f"weft: error: this needs {package}, which is not installed; install the extra: pip install -e '.[{extra}]'\n"
+    )
+    assert (done.returncode, done.stderr) == (2, told)
+
+
 def test_nodes_show_every_number_and_mark_estimates(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("nodes") == 0
     overview = capsys.readouterr().out
