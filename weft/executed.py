@@ -45,8 +45,9 @@ from weft.runs import (
 GPU_PARTITIONS = (0, 8, 16, 24, 32)
 GPU_CTAS = (0, 8)
 HIGHEST_PORT = 65_535
-# A setting's text up to here is shown in a message; of longer ones the name must do.
+# A setting's text up to here is shown in a message; of longer ones the name must do. So many settings are named.
 SHORT_TEXT = 40
+MOST_SHOWN = 3
 # Without GPUs as many processes as there must be for anything to be shared.
 GLOO_RANKS = 2
 # These tell communication from computation, which a graph that holds both hides.
@@ -284,7 +285,8 @@ def _check_made_with(run: RunSettings, output: Output, folder: Path) -> None:
     asked = run_flags(run)
     names = [name for name in asked if name != "completions_path" and asked[name] != output.flags.get(name)]
     if names:
-        shown = ", ".join(_difference(name, output.flags.get(name, ""), asked[name]) for name in names)
+        some = [_difference(name, output.flags.get(name, ""), asked[name]) for name in names[:MOST_SHOWN]]
+        shown = ", ".join([*some, f"and {len(names) - len(some)} more"] if len(names) > len(some) else some)
         raise ValueError(
             f"--read-output {folder}: it was made with other settings than these flags give ({shown}); "
             "give the flags that made its settings"

@@ -112,9 +112,9 @@ def test_what_torchrun_left_is_read_with_the_flags_that_made_it(
     assert re.search(r"Prompts shortened: +\d+\n", said)
     assert "Communication hidden by computation (%):       0.00" in said
     for flags, difference in (
-        (["--num-prompts", "9"], "(requests)"),
-        (["--model", "tiny-llama"], "(model)"),
-        (["--seed", "3"], "(requests, seed 0, not 3)"),
+        (["--num-prompts", "9"], "(requests: their number 12, not 9)"),
+        (["--model", "tiny-llama"], "(model.model_id 'tiny-opt', not 'tiny-llama', "),
+        (["--seed", "3"], "(requests["),
         (["--policy", "interleaved"], "(policy 'tensor', not 'interleaved')"),
         (["--timeline", str(tmp_path / "t.json")], "(record False, not True)"),
     ):
