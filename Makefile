@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
+# Tests run in so many processes; they take half an hour of one slow core.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
@@ -9,7 +11,7 @@ demo: $(VENV)/.base ## the simulator's main job: a feasible region, as a picture
 	$(BIN)/weft demo
 
 test: $(VENV)/.test ## all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 check: $(VENV)/.dev ## style, types, floors
 	$(BIN)/ruff check .
