@@ -164,7 +164,7 @@ class World:
         busy = [rank for rank in still if not rank.waits]
         if not busy and not all_still:
             return  # somebody else still gets things done, and these wait for it
-        least = min((rank.progress for rank in still), default=0)
+        least = min(rank.progress for rank in still)
         late = busy or [rank for rank in still if rank.progress == least]
         why = f"made no progress for {self.settings.timeout_s:.0f} s"
         stand = ", ".join(f"rank {rank.number} {rank.where}" for rank in self.ranks)

@@ -1,14 +1,16 @@
-"""Reading text line by line, plain or gzip, and writing a whole file or none."""
+"""Reading text line by line, plain or gzip, writing a whole file or none, and writing alone."""
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -76,3 +78,12 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def lock(file: IO[bytes], where: Path, instead: str) -> None:
+    """Until the file is closed, or this process is gone, nobody else locks it. Raises ValueError if somebody has:
+    `where` they write, and what the user may give `instead`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{where}: another weft writes there; wait until it has ended, or give {instead}") from None

@@ -6,7 +6,6 @@ comes, each with the hash of the conditions) and, once finished, `manifest.json`
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,9 +17,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from traces.coordinates import mistake_in
-from traces.files import write_whole
+from traces.files import lock, write_whole
 
 CONDITIONS, ROWS, MANIFEST = "conditions.json", "measurements.jsonl", "manifest.json"
+ANOTHER_FOLDER = "another folder"
 Coordinates = dict[str, int | float | str]
 
 # Rows of all compute kernels of a forward pass, and of how GEMMs and collectives are launched, which a profiler saw.
@@ -166,7 +166,7 @@ class MeasurementLog:
         self.rows: dict[str, Measurement] = {}
         self._file: IO[bytes] = (folder / ROWS).open("ab")
         try:
-            _lock(self._file, folder)
+            lock(self._file, folder, ANOTHER_FOLDER)
             if (folder / CONDITIONS).exists():
                 self._resume()
             else:
@@ -242,17 +242,7 @@ def check_unwritten(folder: Path) -> None:
     """Raises ValueError if a log appends to the folder now."""
     if (folder / ROWS).exists():
         with (folder / ROWS).open("ab") as file:
-            _lock(file, folder)
-
-
-def _lock(file: IO[bytes], folder: Path) -> None:
-    """Until the file is closed, nobody else appends to it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another weft writes there; wait until it has ended, or give another folder"
-        ) from None
+            lock(file, folder, ANOTHER_FOLDER)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

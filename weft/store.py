@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -16,7 +15,7 @@ import models
 import policy
 import sim
 import traces
-from traces.files import write_whole
+from traces.files import lock, write_whole
 from weft.report import encode
 
 Row = dict[str, Any]
@@ -65,12 +64,7 @@ class Store:
         """Nobody else writes the file meanwhile. Raises ValueError if somebody does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.path}: another weft writes there; wait until it has ended, or give another --out"
-                ) from None
+            lock(file, self.path, "another --out")
             yield
 
     def add(self, row: Row) -> None:
